@@ -1,0 +1,104 @@
+"""What replaces softmax in which layers: the `linear_attention_config` block of config.json.
+
+An attention form = feature map x decay x window x normaliser (docs: README, "What is replaced"). The block is written
+once by `linearize` and read again by every reload, so it is strict: an unknown or ill-typed entry is an error, since a
+silently dropped one would load the weights into another function.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+FeatureMapName = Literal["hedgehog", "elu", "relu", "identity", "performer", "cosformer", "taylor", "t2r"]
+DecayName = Literal["fixed", "scalar"]
+DropoutForm = Literal["mean_preserving", "printed"]
+
+
+@dataclass(frozen=True)
+class LinearAttentionConfig:
+    """The linear attention of a converted model.
+
+    Args:
+        feature_map (`str`, defaults to `"hedgehog"`): phi, applied to q and k after RoPE; one of `hedgehog`, `elu`,
+            `relu`, `identity` (L2-normalised q and k with f(x) = a + b x), `performer`, `cosformer`, `taylor`, `t2r`.
+        feature_map_kwargs (`dict`): options of the feature map, e.g. `{"feature_dim": 32}`.
+        window (`int`, defaults to 64): number of most recent keys, the query's own included, that keep exact softmax.
+            0 = no window: pure linear attention.
+        softmax_layers (`tuple[int, ...]`): indices of the layers left as they are.
+        decay (`str`, *optional*): `None`, `"fixed"` (one learned decay per KV head) or `"scalar"` (per token and KV
+            head, computed from the layer's hidden states).
+        normalize (`bool`, defaults to `True`): divide by the sum of the weights. A window requires it.
+        a, b (`float`, *optional*): coefficients of f(x) = a + b x on x = phi(q).phi(k); `None` takes the feature map's
+            own (1 and 1 for `identity`, else 0 and 1).
+        dropout (`float`, *optional*): variance p of the dropout substitute (hf_linattn/dropout.py); `None` takes the
+            model's own attention dropout.
+        dropout_form (`str`, defaults to `"mean_preserving"`): `"mean_preserving"`, o (1 + psi), which keeps the mean
+            that evaluation sees, or `"printed"`, (1 - p) o (1 + psi), as in the paper.
+
+    Raises:
+        ValueError: a value outside its range; the text names the argument and what is allowed.
+    """
+
+    feature_map: FeatureMapName = "hedgehog"
+    feature_map_kwargs: dict[str, Any] = field(default_factory=dict)
+    window: int = 64
+    softmax_layers: tuple[int, ...] = ()
+    decay: DecayName | None = None
+    normalize: bool = True
+    a: float | None = None
+    b: float | None = None
+    dropout: float | None = None
+    dropout_form: DropoutForm = "mean_preserving"
+
+    def __post_init__(self):
+        _check_choice("feature_map", self.feature_map, get_args(FeatureMapName))
+        _check_choice("decay", self.decay, (None, *get_args(DecayName)))
+        _check_choice("dropout_form", self.dropout_form, get_args(DropoutForm))
+        if not isinstance(self.feature_map_kwargs, dict):
+            raise ValueError(f"feature_map_kwargs: expected a dict of options, got {self.feature_map_kwargs!r}")
+        if not _is_int(self.window) or self.window < 0:
+            raise ValueError(f"window: expected an integer >= 0 (0 = no softmax window), got {self.window!r}")
+        if self.window and not self.normalize:
+            raise ValueError(
+                "normalize: a softmax window shares its denominator with the linear part, so normalize must be True "
+                f"when window > 0, got normalize={self.normalize!r} with window={self.window}; set window=0 or normalize=True"
+            )
+        if isinstance(self.softmax_layers, (str, bytes)) or not hasattr(self.softmax_layers, "__iter__"):
+            raise ValueError(f"softmax_layers: expected a list of layer indices, got {self.softmax_layers!r}")
+        layers = list(self.softmax_layers)
+        if not all(_is_int(i) and i >= 0 for i in layers):
+            raise ValueError(f"softmax_layers: expected layer indices >= 0, got {layers}")
+        object.__setattr__(self, "softmax_layers", tuple(sorted(set(layers))))
+        for name in ("a", "b"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (int, float)):
+                raise ValueError(f"{name}: expected a number or None, got {value!r}")
+        if self.dropout is not None and not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout: expected a number in [0, 1) or None, got {self.dropout!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dict, every field included so that later defaults cannot change a saved model."""
+        return dataclasses.asdict(self) | {"softmax_layers": list(self.softmax_layers)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LinearAttentionConfig":
+        """Inverse of `to_dict`. Raises ValueError naming the nearest known key for an unknown one."""
+        if isinstance(values, cls):
+            return values
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+                raise ValueError(f"linear_attention_config: unknown key {key!r}{hint}")
+        return cls(**values)
+
+
+def _check_choice(name: str, value, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

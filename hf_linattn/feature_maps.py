@@ -1,0 +1,242 @@
+"""Feature maps phi: q and k after RoPE -> features whose dot product stands for exp(scale q.k).
+
+Shapes: every map takes `[B, H, T, D]` (Transformers' layout) and gives `[B, H, T, F]` in float32. Its input is already
+multiplied by sqrt(scale), so that x_q . x_k is the softmax logit whatever scale a model uses (OPT, Granite and Gemma do
+not use D**-0.5). The map of k lives on the KV head. Per-head weights are stored 2-D, `[H * D, F]`, which sharding by
+rows keeps head by head.
+"""
+
+import inspect
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+
+class FeatureMap(nn.Module):
+    """Base: `forward(x [B, H, T, D], positions [B or 1, T] int64) -> [B, H, T, feature_dim]`, float32.
+
+    `default_a`, `default_b` are the coefficients of f(x) = a + b x the map is meant for.
+    """
+
+    default_a, default_b = 0.0, 1.0
+    feature_dim: int
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.num_heads, self.head_dim, self.feature_dim = num_heads, head_dim, head_dim
+
+    def reset_parameters(self) -> None:
+        """Set the initial value of every parameter and buffer; parameters already loaded are left alone."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _per_head_weight(self, columns: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(self.num_heads * self.head_dim, columns, dtype=torch.float32))
+
+    def _project(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x.float() @ weight.float().view(-1, self.head_dim, weight.shape[-1])
+
+    @torch.no_grad()
+    def _init_identity(self, weight: nn.Parameter) -> None:
+        # The input carries sqrt(scale) ~ D**-0.25; the gain undoes it, so that the map starts from q and k themselves.
+        eye = torch.eye(self.head_dim, weight.shape[-1], dtype=weight.dtype, device=weight.device)
+        init.copy_(weight, eye.mul(self.head_dim**0.25).repeat(self.num_heads, 1))
+
+
+class HedgehogFeatureMap(FeatureMap):
+    """[softmax(x W), softmax(-x W)] (Hedgehog, arXiv 2402.04347; W starts as the identity).
+
+    Args:
+        feature_dim (`int`, *optional*): columns of W per head, the map has twice as many features; default head_dim.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None):
+        super().__init__(num_heads, head_dim)
+        columns = _positive("feature_dim", feature_dim or head_dim)
+        self.feature_dim = 2 * columns
+        self.weight = self._per_head_weight(columns)
+
+    def reset_parameters(self) -> None:
+        self._init_identity(self.weight)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        y = self._project(x, self.weight)
+        return torch.cat([y.softmax(-1), y.neg().softmax(-1)], -1)
+
+
+class T2RFeatureMap(FeatureMap):
+    """relu(x W + bias) (T2R, arXiv 2103.13076).
+
+    Args:
+        feature_dim (`int`, *optional*): features per head; default head_dim.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None):
+        super().__init__(num_heads, head_dim)
+        self.feature_dim = _positive("feature_dim", feature_dim or head_dim)
+        self.weight = self._per_head_weight(self.feature_dim)
+        self.bias = nn.Parameter(torch.empty(num_heads, self.feature_dim, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        self._init_identity(self.weight)
+        init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return F.relu(self._project(x, self.weight) + self.bias.float().unsqueeze(-2))
+
+
+class EluFeatureMap(FeatureMap):
+    """elu(x) + 1 (arXiv 2006.16236)."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return F.elu(x.float()) + 1
+
+
+class ReluFeatureMap(FeatureMap):
+    """relu(x)."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return F.relu(x.float())
+
+
+class IdentityFeatureMap(FeatureMap):
+    """x / |x|, with f(x) = 1 + x: positive, since |phi(q).phi(k)| <= 1 (arXiv 2510.21956)."""
+
+    default_a, default_b = 1.0, 1.0
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return F.normalize(x.float(), dim=-1)
+
+
+class PerformerFeatureMap(FeatureMap):
+    """Positive orthogonal random features exp(w.x - |x|^2 / 2) / sqrt(F) (FAVOR+, arXiv 2009.14794).
+
+    Unbiased for exp(x_q . x_k), so the linear part is commensurate with the softmax window without training. q and k
+    must share w: it is drawn from `seed`, the same for both, and saved with the weights.
+
+    Args:
+        feature_dim (`int`, *optional*): number of random features; default 2 * head_dim.
+        seed (`int`, defaults to 0): seed of the projection.
+    """
+
+    # exp(35)**2 times a million keys is still finite in float32.
+    max_exponent = 35.0
+
+    def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, seed: int = 0):
+        super().__init__(num_heads, head_dim)
+        self.feature_dim, self.seed = _positive("feature_dim", feature_dim or 2 * head_dim), seed
+        self.register_buffer("projection", torch.empty(head_dim, self.feature_dim, dtype=torch.float32))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        blocks = [_orthogonal(self.head_dim, generator) for _ in range(math.ceil(self.feature_dim / self.head_dim))]
+        rows = torch.cat(blocks)[: self.feature_dim]
+        # Rows of a Gaussian matrix: orthogonal directions with chi-distributed lengths.
+        lengths = torch.randn(self.feature_dim, self.head_dim, generator=generator).norm(dim=-1, keepdim=True)
+        init.copy_(self.projection, (rows * lengths).T.to(self.projection.device))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        x = x.float()
+        exponent = x @ self.projection.float() - x.square().sum(-1, keepdim=True) / 2
+        return exponent.clamp(max=self.max_exponent).exp() * self.feature_dim**-0.5
+
+
+class CosformerFeatureMap(FeatureMap):
+    """[relu(x) cos(pi i / 2M), relu(x) sin(pi i / 2M)], i = position (cosFormer, arXiv 2202.08791).
+
+    phi(q_i).phi(k_j) = relu(q).relu(k) cos(pi (i - j) / 2M) is positive while i - j < M.
+
+    Args:
+        max_positions (`int`): M; `linearize` fills in the model's `max_position_embeddings`.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, max_positions: int):
+        super().__init__(num_heads, head_dim)
+        self.feature_dim, self.max_positions = 2 * head_dim, _positive("max_positions", max_positions)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        y = F.relu(x.float())
+        angle = positions[:, None, :, None].float() * (math.pi / 2 / self.max_positions)
+        return torch.cat([y * angle.cos(), y * angle.sin()], -1)
+
+
+class TaylorFeatureMap(FeatureMap):
+    """1 + y.y' + (y.y')^2 / 2, the second-order expansion of exp, on a learned projection y = x W (Based, arXiv 2402.18668).
+
+    The quadratic part keeps each pair once: F = 1 + d + d (d + 1) / 2 for d = projection_dim.
+
+    Args:
+        projection_dim (`int`, defaults to 16): d.
+        seed (`int`, defaults to 0): seed of W's initial value, the same for q and k.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, projection_dim: int = 16, seed: int = 0):
+        super().__init__(num_heads, head_dim)
+        d = min(_positive("projection_dim", projection_dim), head_dim)
+        self.projection_dim, self.seed = d, seed
+        self.feature_dim = 1 + d + d * (d + 1) // 2
+        self.weight = self._per_head_weight(d)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        # d random directions of D keep d / D of a dot product on average; the gain restores it.
+        rows = _orthogonal(self.head_dim, torch.Generator().manual_seed(self.seed))[:, : self.projection_dim]
+        weight = rows.mul((self.head_dim / self.projection_dim) ** 0.5).repeat(self.num_heads, 1)
+        init.copy_(self.weight, weight.to(self.weight.device))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        y = self._project(x, self.weight)
+        row, column = torch.triu_indices(self.projection_dim, self.projection_dim, device=y.device)
+        # (y.y')^2 / 2 = sum_i (y_i y'_i)^2 / 2 + sum_{i<j} y_i y_j y'_i y'_j
+        pairs = y[..., row] * y[..., column] * torch.where(row == column, 2**-0.5, 1.0)
+        return torch.cat([torch.ones_like(y[..., :1]), y, pairs], -1)
+
+
+FEATURE_MAPS: dict[str, type[FeatureMap]] = {
+    "hedgehog": HedgehogFeatureMap,
+    "elu": EluFeatureMap,
+    "relu": ReluFeatureMap,
+    "identity": IdentityFeatureMap,
+    "performer": PerformerFeatureMap,
+    "cosformer": CosformerFeatureMap,
+    "taylor": TaylorFeatureMap,
+    "t2r": T2RFeatureMap,
+}
+
+
+def build_feature_map(
+    name: str, num_heads: int, head_dim: int, *, max_positions: int | None = None, options: dict | None = None
+) -> FeatureMap:
+    """The map called `name` for `num_heads` heads.
+
+    Raises:
+        ValueError: an option the map does not have, naming those it has.
+    """
+    cls, options = FEATURE_MAPS[name], dict(options or {})
+    known = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "num_heads", "head_dim")]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"feature_map_kwargs: {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}"
+        )
+    if "max_positions" in known and max_positions is not None:
+        options.setdefault("max_positions", max_positions)
+    if "max_positions" in known and "max_positions" not in options:
+        raise ValueError(f"feature_map_kwargs: {name!r} needs max_positions, which this model's config does not give")
+    return cls(num_heads, head_dim, **options)
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"feature_map_kwargs: {name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _orthogonal(dim: int, generator: torch.Generator) -> Tensor:
+    q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
+    # Fixing the signs of R's diagonal makes Q uniform over the orthogonal group.
+    return q * r.diagonal().sign()
