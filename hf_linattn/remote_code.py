@@ -6,6 +6,7 @@ them, and plain `from hf_linattn.x import name` for each other.
 """
 
 import ast
+import functools
 import importlib
 import pathlib
 
@@ -37,6 +38,7 @@ def write_remote_code(directory: str | pathlib.Path) -> pathlib.Path:
     return target
 
 
+@functools.cache
 def join_sources(entry: str) -> str:
     """One file out of module `entry` and every hf_linattn module it imports, dependencies first.
 

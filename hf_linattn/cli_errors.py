@@ -1,0 +1,82 @@
+"""The text that the command line shows instead of a traceback, for failures that a user can mend.
+
+`explain` knows our own errors and those of the libraries that read and write for us. An exception it does not know is a
+defect of ours: it keeps its traceback.
+"""
+
+import errno
+
+from hf_linattn.errors import UserError
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+FULL_DISK_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
+
+# (package, exception, what it means and what to do); the most derived exception first. Named as text, so that telling
+# a message apart imports no library.
+LIBRARY_ERRORS = (
+    (
+        "torch",
+        "OutOfMemoryError",
+        "the device ran out of memory: {}. Use a smaller batch, a shorter sequence or --device cpu.",
+    ),
+    (
+        "safetensors",
+        "SafetensorError",
+        "a safetensors file could not be read: {}. It is truncated or damaged: compare its size with the original and "
+        "copy or download it again.",
+    ),
+    (
+        "huggingface_hub",
+        "GatedRepoError",
+        "{} The repository is gated: accept its terms on the Hub, then run `hf auth login`.",
+    ),
+    (
+        "huggingface_hub",
+        "RepositoryNotFoundError",
+        "{} Check the spelling of the id; for a private repository run `hf auth login` first.",
+    ),
+    ("huggingface_hub", "HFValidationError", "{} Give a folder that exists or a Hub id of the form owner/name."),
+    ("huggingface_hub", "HfHubHTTPError", "the Hugging Face Hub refused the request: {}"),
+    (
+        "datasets",
+        "DatasetNotFoundError",
+        "{} Check the id of the dataset, or name a local parquet, JSON lines or text file.",
+    ),
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """What happened and what to do about it, or None for an exception that no user can mend.
+
+    Args:
+        error (`BaseException`): what a command raised.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if _is_full_disk(error):
+        path = getattr(error, "filename", None)
+        return (
+            f"no space left on the disk{f' while writing {path}' if path else ''}. What stood at the output path before "
+            "is unchanged. Free some space or choose another output, then run the command again; --resume continues "
+            "a training run from its last saved step."
+        )
+    kinds = {(kind.__module__.split(".")[0], kind.__name__) for kind in type(error).__mro__}
+    for package, name, text in LIBRARY_ERRORS:
+        if (package, name) in kinds:
+            return text.format(_first_line(error))
+    if isinstance(error, OSError):
+        advice = "" if error.errno else " A model on the Hub needs network access; a local one is named by its folder."
+        return _first_line(error) + advice
+    return None
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return True
+    # safetensors and torch report a failed write as an error type of their own, with the system's text inside.
+    return any(text in str(error) for text in FULL_DISK_TEXTS)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""YAML recipes of hf_linattn; data only, read through importlib.resources."""

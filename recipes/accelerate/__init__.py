@@ -1,0 +1,1 @@
+"""Accelerate configurations for `accelerate launch --config_file`; data only."""

@@ -1,0 +1,58 @@
+"""How far results may be from float64: error measures, and the one tolerance table of the ops' tests.
+
+A bound is never loosened for an environment. Each is about twice the largest error measured over tests/ops, on a CPU
+and an H100.
+"""
+
+import torch
+from torch import Tensor
+
+# Relative root-mean-square error to the float64 reference, by dtype and kind of output.
+TOLERANCES = {
+    torch.bfloat16: {"o": 4e-3, "state": 4e-3, "dq": 1e-2, "grad": 1.4e-2, "gate": 3.5e-2},
+    torch.float16: {"o": 5e-4, "state": 1e-6, "dq": 1e-3, "grad": 1e-3, "gate": 3e-3},
+    torch.float32: {"o": 1e-6, "state": 1e-6, "dq": 2e-6, "grad": 3e-6, "gate": 1e-5},
+    torch.float64: {"o": 1e-14, "state": 1e-14, "dq": 1e-14, "grad": 1e-14, "gate": 1e-14},
+}
+# A gradient that cancels exactly (of a sum that normalising divides away) leaves only rounding.
+ABSOLUTE_FLOOR = {torch.bfloat16: 2e-3, torch.float16: 5e-4, torch.float32: 3e-6, torch.float64: 1e-14}
+
+
+def output_kind(name: str) -> str:
+    """Column of the table for an output called o, final.<member>, or d<input>."""
+    if name == "o":
+        return "o"
+    if name.startswith("final."):
+        return "state"
+    if name in ("dq", "dphi_q"):
+        return "dq"
+    return "gate" if name in ("dg", "dg_gamma", "dlog_scale") else "grad"
+
+
+def rms(x: Tensor) -> float:
+    """Root mean square in float64, 0 for an empty tensor."""
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def relative_rmse(actual: Tensor, expected: Tensor) -> float:
+    """rms(actual - expected) / rms(expected)."""
+    return rms(actual.double() - expected.double()) / max(rms(expected), torch.finfo(torch.float64).tiny)
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+    """`actual`, computed in `dtype`, is `expected` (float64) within the table.
+
+    Args:
+        name: of the output; selects the row and appears in the failure.
+        actual: the result.
+        expected: same shape, the truth.
+        dtype: of the inputs `actual` was computed from.
+        factor: multiplies the bound; above 1 only where two rounded results are compared with each other.
+    """
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert torch.equal(actual.isfinite(), expected.isfinite()), f"{name}: NaN or Inf where the reference has none"
+    error, bound = relative_rmse(actual, expected), factor * TOLERANCES[dtype][output_kind(name)]
+    absolute = rms(actual.double() - expected.double())
+    assert error <= bound or absolute <= ABSOLUTE_FLOOR[dtype], (
+        f"{name}: relative RMSE {error:.2e}, allowed {bound:.2e} ({dtype}); rms {rms(expected):.2e}"
+    )

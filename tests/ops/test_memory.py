@@ -1,0 +1,44 @@
+"""Memory of forward and backward grows with T * D: nothing of size T * D^2 is saved or even allocated."""
+
+import pytest
+import torch
+from op_inputs import OpCase, call_op, make_inputs
+
+from hf_linattn.evals.bench import LiveBytes
+
+
+def measure(case: OpCase) -> tuple[int, int]:
+    """(bytes saved for the backward beyond the inputs, peak bytes allocated by forward and backward)."""
+    inputs = {name: x.requires_grad_() for name, x in make_inputs(case).items()}
+    own = {x.data_ptr() for x in inputs.values()}
+    saved: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.data_ptr() not in own:
+            saved[x.data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with LiveBytes() as live, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        o, _ = call_op(case, inputs, "chunked", output_final_state=False)
+        o.backward(torch.ones_like(o))
+    return sum(saved.values()), live.peak
+
+
+@pytest.mark.parametrize("window", [0, 64], ids=["linear", "window"])
+@pytest.mark.parametrize("decay", [None, "scalar"], ids=["nodecay", "decay"])
+def test_memory_is_linear_in_tokens_and_dimension(window, decay):
+    def at(tokens: int, dim: int) -> tuple[int, int]:
+        case = OpCase(B=1, T=tokens, H=2, H_kv=1, D=dim, K=dim, V=dim, window=window, decay=decay)
+        return measure(case)
+
+    base, wide, long = at(1024, 64), at(1024, 128), at(2048, 64)
+    assert base[0] > 0
+    for kind, narrow, wider, longer in zip(("saved", "peak"), base, wide, long, strict=True):
+        assert wider / narrow < 2.5, f"{kind} bytes: x{wider / narrow:.2f} when D doubles"
+        assert longer / narrow < 2.2, f"{kind} bytes: x{longer / narrow:.2f} when T doubles"
+
+
+def test_saved_bytes_are_output_and_denominators():
+    case = OpCase(B=1, T=1024, H=4, H_kv=2, K=64, V=32)
+    saved, _ = measure(case)
+    assert saved == case.T * case.H * (case.V + 1) * 4

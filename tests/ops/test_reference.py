@@ -1,0 +1,73 @@
+"""The reference itself: against the dense quadratic form, and its gradients against finite differences."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from numerics import assert_close
+from op_inputs import OpCase, call_op, make_inputs, run_op
+
+FP64 = torch.float64
+TINY = OpCase(B=1, T=5, H=2, H_kv=1, D=2, K=3, V=2, dtype=FP64, b=0.7)
+LINEAR_CASES = [
+    TINY,
+    replace(TINY, a=0.5, decay="scalar", state=True),
+    replace(TINY, a=0.5, decay="fixed", normalize=False, state=True),
+    replace(TINY, causal=False, a=0.5),
+    replace(TINY, T=4, B=1, lengths=(1, 0, 3), decay="scalar", state=True),
+]
+WINDOW_CASES = [
+    replace(TINY, window=2),
+    replace(TINY, window=2, a=0.5, decay="scalar", softcap=2.0, state=True),
+    replace(TINY, window=3, decay="fixed", log_scale=False),
+    replace(TINY, T=4, window=1, lengths=(1, 0, 3), decay="scalar"),
+]
+
+
+def decay_matrix(case: OpCase, inputs: dict) -> torch.Tensor:
+    """e^{G_i - G_j} for j <= i, 0 elsewhere: `[B, H, T, T]`."""
+    g = torch.zeros(case.B, case.T, case.H_kv, dtype=FP64) + inputs.get("g_gamma", 0) + inputs.get("g", 0)
+    total = g.cumsum(1).movedim(2, 1).repeat_interleave(case.H // case.H_kv, 1)
+    return (total[..., :, None] - total[..., None, :]).exp().tril()
+
+
+@pytest.mark.parametrize("decay", [None, "fixed", "scalar"])
+@pytest.mark.parametrize(("normalize", "causal"), [(True, True), (False, True), (True, False)])
+def test_linear_reference_is_the_quadratic_form(decay, normalize, causal):
+    case = OpCase(T=20, dtype=FP64, decay=decay if causal else None, normalize=normalize, causal=causal, a=0.5, b=0.7)
+    inputs = make_inputs(case)
+    k, v = (inputs[name].repeat_interleave(2, 2) for name in ("k", "v"))
+    weights = case.a + case.b * case.scale * torch.einsum("bihd,bjhd->bhij", inputs["q"], k)
+    weights = weights * decay_matrix(case, inputs) if causal else weights
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    assert_close("o", run_op(case, inputs, "reference")["o"], torch.einsum("bhij,bjhv->bihv", weights, v), FP64)
+
+
+@pytest.mark.parametrize("decay", [None, "fixed", "scalar"])
+def test_window_reference_is_the_quadratic_form(decay):
+    case = OpCase(T=20, dtype=FP64, decay=decay, window=6, softcap=3.0, a=0.5, b=0.7)
+    inputs = make_inputs(case)
+    k, v, phi_k = (inputs[name].repeat_interleave(2, 2) for name in ("k", "v", "phi_k"))
+    logits = 3.0 * torch.tanh(case.scale * torch.einsum("bihd,bjhd->bhij", inputs["q"], k) / 3.0)
+    lag = torch.arange(case.T)[:, None] - torch.arange(case.T)
+    far = case.a + case.b * torch.einsum("bihd,bjhd->bhij", inputs["phi_q"], phi_k)
+    delayed = torch.zeros_like(far)
+    delayed[..., case.window :, :] = decay_matrix(case, inputs)[..., : -case.window, :]
+    far = far * delayed * inputs["log_scale"].exp()[:, None, None]
+    near = logits.exp() * ((lag >= 0) & (lag < case.window))
+    weights = (near + far) / (near + far).sum(-1, keepdim=True)
+    assert_close("o", run_op(case, inputs, "reference")["o"], torch.einsum("bhij,bjhv->bihv", weights, v), FP64)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("case", LINEAR_CASES + WINDOW_CASES, ids=str)
+def test_gradients_are_those_of_finite_differences(case, backend):
+    inputs = make_inputs(case)
+    wanted = [n for n, x in inputs.items() if x.is_floating_point() and not (case.window and n.startswith("state."))]
+
+    def outputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        o, final = call_op(case, inputs | dict(zip(wanted, tensors, strict=True)), backend)
+        return (o,) if case.window else (o, *(x for x in final if x is not None))
+
+    assert torch.autograd.gradcheck(outputs, [inputs[name].requires_grad_() for name in wanted])
