@@ -31,6 +31,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_linattn.errors import UserError
 from hf_linattn.evals.task_data import (
     LocalTask,
     fewshot_count,
@@ -87,8 +88,8 @@ def run_tasks(
         `TaskScores`.
 
     Raises:
-        UserError: unknown task, its data is missing from `task_data`, or `num_fewshot` examples would have to come
-            from the split that is scored.
+        UserError: unknown task, its data is missing from `task_data` or out of reach on the Hub, or the split that
+            `num_fewshot` examples come from has no file.
     """
     for name in tasks:
         leaf_tasks(name)
@@ -100,7 +101,13 @@ def run_tasks(
             splits = write_local_tasks(task_data, tasks, folder, num_fewshot=num_fewshot)
             manager = TaskManager(include_path=folder, include_defaults=False)
             stack.enter_context(no_download_counts())
-        loaded = manager.load(list(tasks))
+        try:
+            loaded = manager.load(list(tasks))
+        except ConnectionError as error:
+            raise UserError(
+                f"tasks: expected the data of {', '.join(tasks)} from the Hub, got: {error}; connect to it, "
+                "or keep the files in a folder and give it as task_data"
+            ) from error
         rolling = any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in loaded["tasks"].values())
         # HFLM gives a tokenizer without pad token one.
         lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)

@@ -184,7 +184,7 @@ def _plot_tasks(axes: Axes, results: Mapping) -> None:
         places = [place + (index - (len(variants) - 1) / 2) * width for place in range(len(rows))]
         heights = [row.values.get(variant, math.nan) for row in rows]
         axes.bar(places, heights, width, color=COLOURS[variant], label=LABELS[variant])
-    axes.set_xticks(range(len(rows)), [row.label.replace(" ", "\n") for row in rows], fontsize=8)
+    axes.set_xticks(range(len(rows)), [row.label for row in rows], fontsize=8, rotation=30, ha="right")
     axes.set(title="tasks", ylabel="accuracy", ylim=(0, 1))
     _legend(axes)
 
@@ -193,8 +193,10 @@ def _plot_perplexity(axes: Axes, results: Mapping) -> None:
     for variant, curve in results["ppl_by_position"].items():
         ends = [int(bucket.partition("-")[2]) for bucket in curve]
         axes.plot(ends, list(curve.values()), "o-", color=COLOURS[variant], label=LABELS[variant])
-    axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    _token_axis(axes, _keys(results["ppl_by_position"].values()))
     axes.set(title="perplexity by position", xlabel="tokens read (end of bucket)", ylabel="perplexity")
     axes.grid(alpha=0.3)
     _legend(axes)
@@ -206,10 +208,17 @@ def _plot_recall(axes: Axes, results: Mapping) -> None:
             lengths = [int(length) for length in curve]
             label = f"{LABELS[variant]}, {kind}"
             axes.plot(lengths, list(curve.values()), style, color=COLOURS[variant], label=label)
-    axes.set_xscale("log", base=2)
+    _token_axis(axes, _keys(curve for curves in _recall_curves(results).values() for curve in curves.values()))
     axes.set(title="recall", xlabel="prompt length in tokens", ylabel="share recalled", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     _legend(axes)
+
+
+def _token_axis(axes: Axes, names: list[str]) -> None:
+    """Logarithmic, with a plain number at each length or at the end of each bucket."""
+    ends = sorted({int(name.rpartition("-")[2]) for name in names})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ends, [str(end) for end in ends], fontsize=8)
 
 
 def _legend(axes: Axes) -> None:

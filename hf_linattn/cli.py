@@ -6,7 +6,6 @@ the only module that sees conversion and evals. It imports them, torch and trans
 """
 
 import logging
-import os
 import shlex
 import sys
 import tempfile
@@ -14,76 +13,36 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from hf_linattn.cli_errors import explain
+from hf_linattn.cli_errors import IS_MAIN_PROCESS, CommandGroup
+from hf_linattn.cli_options import (
+    Device,
+    Folder,
+    Model,
+    Output,
+    Overrides,
+    Overwrite,
+    Resume,
+    Seed,
+    TaskData,
+    Text,
+    TrainingText,
+)
 from hf_linattn.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
-"""In a run that torchrun or accelerate started several times over, only the first process prints."""
-RESULTS_NAME = "evaluation"
-
-
-class _ErrorsAsMessages:
-    """Within: an exception that `explain` knows becomes its text on stderr and exit code 1; Ctrl-C exit code 130."""
-
-    def __init__(self, debug: bool):
-        self.debug = debug
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
-        message = None if error is None or self.debug else explain(error)
-        if message is not None:
-            # Every process says why it fails: the first may be well, and only waiting for the one that is not.
-            where = "" if IS_MAIN_PROCESS else f"rank {os.environ['RANK']}: "
-            typer.echo(f"{where}error: {message}", err=True)
-            raise typer.Exit(1) from None
-
-
-class _Commands(TyperGroup):
-    def invoke(self, ctx):
-        with _ErrorsAsMessages(ctx.params.get("debug", False)):
-            return super().invoke(ctx)
+RESULTS_NAME, TEXT_LENGTH = "evaluation", 8192
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=CommandGroup,
     name="hf-linattn",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[
-    str | None,
-    typer.Argument(
-        help="Hub id, folder, folder with one GGUF file, or .gguf file; default: the recipe's.", show_default=False
-    ),
-]
-Folder = Annotated[str, typer.Argument(help="A converted model: folder or Hub id.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the accelerator, else the CPU.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this output folder.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the output folder once the new one is complete.")
-]
-Seed = Annotated[int | None, typer.Option(help="In place of the seed in the settings.")]
-TaskData = Annotated[
-    Path | None, typer.Option(help="Folder of <task>/<split>.parquet to score on, instead of the Hub's data.")
-]
-Text = Annotated[
-    Path | None,
-    typer.Option(help="File of long documents for perplexity by position; default: Python's own reference."),
-]
 
 
 @app.callback()
@@ -102,9 +61,7 @@ def convert(
     output: Output = ...,
     recipe: Annotated[str | None, typer.Option(help="Name (see `recipes`) or YAML file; default: by size.")] = None,
     overrides: Overrides = None,
-    data: Annotated[
-        str | None, typer.Option(help="Training text: Hub dataset id, parquet, JSON lines or text file, or `self`.")
-    ] = None,
+    data: TrainingText = None,
     task_data: TaskData = None,
     text: Text = None,
     resume: Resume = False,
@@ -114,7 +71,7 @@ def convert(
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the evaluation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe that would run, and stop.")] = False,
 ) -> None:
-    """Linearize MODEL, distil it, merge, save, evaluate and report: from checkpoint to scored folder in one command."""
+    """Linearize MODEL, distil it, merge, save, evaluate and report: from checkpoint to scored folder."""
     from hf_linattn.conversion.config import load_recipe
 
     config = load_recipe(recipe or _pick_recipe(model, device), _with_seed(overrides, seed))
@@ -161,7 +118,7 @@ def convert(
 def finetune(
     folder: Folder,
     output: Output,
-    data: Annotated[str | None, typer.Option(help="Hub dataset id, or parquet, JSON lines or text file.")] = None,
+    data: TrainingText = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of fine-tuning settings.")] = None,
     overrides: Overrides = None,
     resume: Resume = False,
@@ -363,11 +320,11 @@ def _check_evaluation_input(tasks, task_data: Path | None, text: Path | None) ->
 def _evaluate(
     folder: str, teacher: str | None, *, report: Path | None, text: Path | None, device: str | None, **settings
 ):
-    """Score `folder`, print the table and, with `report`, write it there, into the model card as well if there is one."""
+    """Score `folder` and print the table; with `report`, write it there, and into a model card that is there."""
     from transformers import AutoTokenizer
 
     from hf_linattn.evals.report import print_results
-    from hf_linattn.evals.run import RECALL_LENGTHS, TEXT_LENGTH
+    from hf_linattn.evals.run import RECALL_LENGTHS
     from hf_linattn.evals.run import evaluate as run_evaluation
     from hf_linattn.info import check_device, model_facts
     from hf_linattn.loading import load_model

@@ -1,12 +1,19 @@
 """The text that the command line shows instead of a traceback, for failures that a user can mend.
 
-`explain` knows our own errors and those of the libraries that read and write for us. An exception it does not know is a
-defect of ours: it keeps its traceback.
+`explain` knows our own errors and those of the libraries that read and write for us. An exception that it does not
+know is a defect of ours: it keeps its traceback.
 """
 
 import errno
+import os
+
+import typer
+from typer.core import TyperGroup
 
 from hf_linattn.errors import UserError
+
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+"""In a run that torchrun or accelerate started several times over, only the first process prints."""
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 FULL_DISK_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
@@ -45,6 +52,35 @@ LIBRARY_ERRORS = (
 )
 
 
+class _ErrorsAsMessages:
+    """Within: an exception that `explain` knows becomes its text on stderr and exit code 1; Ctrl-C exit code 130."""
+
+    def __init__(self, debug: bool):
+        self.debug = debug
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        message = None if error is None or self.debug else explain(error)
+        if message is not None:
+            # Every process says why it fails: the first may be well, and only waiting for the one that is not.
+            where = "" if IS_MAIN_PROCESS else f"rank {os.environ['RANK']}: "
+            typer.echo(f"{where}error: {message}", err=True)
+            raise typer.Exit(1) from None
+
+
+class CommandGroup(TyperGroup):
+    """The commands, with `--debug` of the group showing tracebacks."""
+
+    def invoke(self, ctx):
+        with _ErrorsAsMessages(ctx.params.get("debug", False)):
+            return super().invoke(ctx)
+
+
 def explain(error: BaseException) -> str | None:
     """What happened and what to do about it, or None for an exception that no user can mend.
 
@@ -56,9 +92,9 @@ def explain(error: BaseException) -> str | None:
     if _is_full_disk(error):
         path = getattr(error, "filename", None)
         return (
-            f"no space left on the disk{f' while writing {path}' if path else ''}. What stood at the output path before "
-            "is unchanged. Free some space or choose another output, then run the command again; --resume continues "
-            "a training run from its last saved step."
+            f"no space left on the disk{f' while writing {path}' if path else ''}. What stood at the output path "
+            "before is unchanged. Free some space or choose another output, then run the command again; --resume "
+            "continues a training run from its last saved step."
         )
     kinds = {(kind.__module__.split(".")[0], kind.__name__) for kind in type(error).__mro__}
     for package, name, text in LIBRARY_ERRORS:

@@ -1,7 +1,7 @@
 """A text that every Python installation carries, for measuring perplexity where no file is given and no network is.
 
-It is the language reference behind `help("topics")`: about 460,000 characters of English and code, which no training run
-of this package reads.
+It is the language reference behind `help("topics")`: several hundred thousand characters of English and code, which no
+training run of this package reads.
 """
 
 import json

@@ -152,6 +152,15 @@ def call_op(case: OpCase, inputs: dict[str, Tensor], backend: str | None, **over
     return op(*first, **tensors, **options)
 
 
+def output_gradient(x: Tensor) -> Tensor:
+    """A gradient for output x, uniform in (-1, 1): the same for the same leading tokens whatever follows them.
+
+    Its values are bfloat16 numbers, so that rounding them is nobody's error.
+    """
+    index = torch.arange(1, x.numel() + 1, dtype=torch.float64)
+    return ((index * 12.9898).sin() * 43758.5453).frac().bfloat16().view(x.shape).to(x)
+
+
 def run_op(case: OpCase, inputs: dict[str, Tensor], backend: str | None, with_grad: bool = True) -> dict[str, Tensor]:
     """Every output and gradient by name: o, final.<member>, dq, dk, ..., dstate.<member>."""
     leaves = {}
@@ -165,9 +174,7 @@ def run_op(case: OpCase, inputs: dict[str, Tensor], backend: str | None, with_gr
         loss = 0.0
         for x in results.values():
             if x.requires_grad:
-                # Not random: the same leading tokens get the same gradient whatever follows them.
-                direction = torch.arange(x.numel(), dtype=torch.float64).mul(1.7).sin().view(x.shape)
-                loss = loss + (x * direction.to(x)).double().sum()
+                loss = loss + (x * output_gradient(x)).double().sum()
         wanted = {name: x for name, x in leaves.items() if x.requires_grad}
         grads = torch.autograd.grad(loss, wanted.values(), allow_unused=True)
         for (name, x), dx in zip(wanted.items(), grads, strict=True):

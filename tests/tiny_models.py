@@ -51,7 +51,9 @@ def tiny_model(
     model_type = name.split("@")[0]
     values = COMMON | SPECIFIC[name] | overrides
     config = AutoConfig.for_model(model_type, **values)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # Transformers 5.17 runs gemma2 with an sdpa that ignores its softcap; later ones refuse sdpa for it.
+    attention = {"attn_implementation": "eager"} if model_type == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
     with torch.no_grad():
         # The default initialisation is so small that attention hardly matters; wrong attention must show in the logits.
         for parameter_name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 import random
 
+import datasets
 import lm_eval
 import numpy as np
 import pytest
@@ -92,6 +93,12 @@ def test_few_shot_examples_need_a_split_of_their_own(converted, task_data):
         UserError, match=r"num_fewshot: piqa takes its examples from the split train, expected .*train.parquet"
     ):
         run_tasks(converted.model, converted.tokenizer, ["piqa"], task_data=task_data, num_fewshot=2)
+
+
+def test_the_hub_is_out_of_reach(converted, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="tasks: expected the data of piqa from the Hub, .*give it as task_data"):
+        run_tasks(converted.model, converted.tokenizer, ["piqa"])
 
 
 def test_a_tag_gives_its_tasks(converted, task_data):

@@ -56,7 +56,8 @@ def test_save_reload_generate(name, softmax_layers, tmp_path):
     logits = model(ids, use_cache=False).logits
 
     model.save_pretrained(tmp_path)
-    reloaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    softmax = {"attn_implementation": model.softmax_implementation}
+    reloaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, **softmax)
     assert type(reloaded) is type(model)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

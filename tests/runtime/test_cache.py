@@ -120,7 +120,8 @@ def test_reorder_repeat_select(model):
 
 @torch.no_grad()
 def test_reset_starts_a_new_sequence(model):
-    cache = model(ids(2, 9), use_cache=True).past_key_values
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    model(ids(2, 9), past_key_values=cache)
     cache.reset()
     x = ids(2, 9, seed=5)
     model(x[:, :8], past_key_values=cache)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -97,8 +97,8 @@ def test_lora_trains_saves_and_merges(model, tmp_path):
         expected = peft_model(input_ids=ids(), use_cache=False).logits
         peft_model.save_pretrained(tmp_path / "adapter")
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        base.load_adapter(str(tmp_path / "adapter"))
-        assert torch.allclose(base(ids(), use_cache=False).logits, expected, atol=1e-4)
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+        assert torch.allclose(adapted(input_ids=ids(), use_cache=False).logits, expected, atol=1e-4)
         merged = peft_model.merge_and_unload()
         merged.save_pretrained(tmp_path / "merged")
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

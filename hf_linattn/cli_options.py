@@ -1,0 +1,33 @@
+"""Arguments and options that several commands of the command line share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="Hub id, folder, folder with one GGUF file, or .gguf file; default: the recipe's.", show_default=False
+    ),
+]
+Folder = Annotated[str, typer.Argument(help="A converted model: folder or Hub id.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the accelerator, else the CPU.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this output folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output folder once the new one is complete.")
+]
+Seed = Annotated[int | None, typer.Option(help="In place of the seed in the settings.")]
+TaskData = Annotated[
+    Path | None, typer.Option(help="Folder of <task>/<split>.parquet to score on, instead of the Hub's data.")
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="File of long documents for perplexity by position; default: Python's own reference."),
+]
+TrainingText = Annotated[
+    str | None,
+    typer.Option("--data", help="Training text: Hub dataset id, parquet, JSON lines or text file, or `self`."),
+]
