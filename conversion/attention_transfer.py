@@ -108,10 +108,9 @@ def calibrate_log_scale(accelerator: Accelerator, model: PreTrainedModel, batch:
     observer = LogScaleCalibration(lambda module: softmax_function(model.softmax_implementation, module))
     observe(model, observer, batch)
     for i, module in modules.items():
-        mean, count = observer.means[i]
-        mean = accelerator.reduce(mean, "mean")
+        total, count = (accelerator.reduce(part, "sum") for part in observer.sums[i])
         # A teacher window no longer than ours has no far keys: there is nothing to fit.
-        module.log_scale.copy_(torch.where(count > 0, mean, module.log_scale))
+        module.log_scale.copy_(torch.where(count > 0, total / count.clamp_min(1), module.log_scale))
     return {i: module.log_scale.detach().clone() for i, module in modules.items()}
 
 

@@ -16,18 +16,18 @@ SMALLEST_MASS = 1e-20
 
 
 class LogScaleCalibration:
-    """Attention function of a calibration forward: returns the teacher's output, leaves `means`.
+    """Attention function of a calibration forward: returns the teacher's output, leaves `sums`.
 
     Args:
         softmax_of (`Callable`): attention module -> its softmax attention function.
 
     Attributes:
-        means: layer index -> (mean log ratio `[H]`, number of queries `[]`).
+        sums: layer index -> (sum over queries of the log ratio `[H]`, number of queries `[]`).
     """
 
     def __init__(self, softmax_of: Callable):
         self.softmax_of = softmax_of
-        self.means: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         """AttentionInterface's contract: `[B, H, T, D]` in, `([B, T, H, V], None)` out."""
@@ -35,7 +35,7 @@ class LogScaleCalibration:
             module, query, key, value, attention_mask, scaling=scaling, dropout=0.0, **kwargs
         )
         if module.linear_attention.window:
-            self.means[module.layer_idx] = mean_log_mass_ratio(
+            self.sums[module.layer_idx] = sum_log_mass_ratio(
                 module.linear_attention,
                 query,
                 key,
@@ -48,7 +48,7 @@ class LogScaleCalibration:
         return teacher
 
 
-def mean_log_mass_ratio(
+def sum_log_mass_ratio(
     linear_attention,
     query: Tensor,
     key: Tensor,
@@ -59,7 +59,7 @@ def mean_log_mass_ratio(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean over queries with far keys of log(softmax mass) - log(linear mass).
+    """Sum over queries with far keys of log(softmax mass) - log(linear mass).
 
     Args:
         linear_attention (`LinearAttention`): of the layer, with a window.
@@ -69,7 +69,7 @@ def mean_log_mass_ratio(
         hidden_states: `[B, T, hidden]`, for a data-dependent gate.
 
     Returns:
-        The mean per head, `[H]`, and the number of queries it is taken over, `[]`; 0 and 0 without far keys.
+        The sum per head, `[H]`, and the number of queries it is taken over, `[]`; 0 and 0 without far keys.
     """
     batch, heads, length, _ = query.shape
     kv_heads = key.shape[1]
@@ -106,7 +106,7 @@ def mean_log_mass_ratio(
         has_far = far.any(-1)
         total += (log_softmax_mass - log_linear_mass).masked_fill(~has_far, 0).sum((0, 3))
         count += has_far.sum()
-    return (total / count.clamp_min(1)).flatten(), count
+    return total.flatten(), count
 
 
 def _log_decay(gate, hidden_states, kv_heads: int, index: Tensor) -> Tensor | None:

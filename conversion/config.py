@@ -129,7 +129,7 @@ class SelfSamplingConfig(Section):
 
     tokens: Count | None = None
     sequence_length: Count | None = None
-    batch_size: Count = 64
+    batch_size: Count = 256
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
 

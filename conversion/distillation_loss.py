@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from hf_linattn.conversion.data import IGNORED_TARGET
 
-# Elements of a chunk: 64 MiB in float32, of which a handful are alive at a time.
-CHUNK_ELEMENTS = 2**24
+# Elements of a chunk, of which a handful are alive at a time in float32: few enough for a CPU's cache, many enough to
+# keep a GPU busy.
+CHUNK_ELEMENTS = {"cpu": 2**18, "default": 2**24}
 
 
 def distillation_loss(
@@ -52,28 +53,27 @@ class _ChunkedLoss(torch.autograd.Function):
         num_tokens = student.shape[0]
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         sums = torch.zeros(5, dtype=torch.float32, device=student.device)
-        rows = max(1, CHUNK_ELEMENTS // vocab_size)
+        rows = max(1, CHUNK_ELEMENTS.get(student.device.type, CHUNK_ELEMENTS["default"]) // vocab_size)
         for start in range(0, num_tokens, rows):
             chunk = slice(start, start + rows)
-            s = student[chunk].float()
-            chunk_gradient = None
-            if teacher is not None:
-                kl_sum, chunk_gradient = _kl(s, teacher[chunk].float(), temperature, kl_weight)
-                sums[2] += kl_sum
-            # Cross-entropy is measured even at weight 0: it is the loss that users of language models know.
-            ce_sum, ce_gradient = _cross_entropy(s, targets[chunk], ce_weight)
-            sums[3] += ce_sum
+            kl, ce, chunk_gradient = _chunk_loss(
+                student[chunk],
+                None if teacher is None else teacher[chunk],
+                targets[chunk],
+                kl_weight / num_tokens,
+                ce_weight / num_tokens,
+                temperature,
+            )
+            sums[2] += kl
+            sums[3] += ce
             if gradient is not None:
-                if ce_gradient is not None:
-                    chunk_gradient = ce_gradient if chunk_gradient is None else chunk_gradient.add_(ce_gradient)
-                gradient[chunk] = chunk_gradient.div_(num_tokens) if chunk_gradient is not None else 0
+                gradient[chunk] = chunk_gradient
+        sums[0] = kl_weight * temperature**2 * sums[2] + ce_weight * sums[3]
         sums[1] = num_tokens
         sums[4] = (targets != IGNORED_TARGET).sum()
-        sums[0] = kl_weight * temperature**2 * sums[2] + ce_weight * sums[3]
-        loss = sums[0] / num_tokens
         ctx.gradient, ctx.logits_shape = gradient, student_logits.shape
         ctx.mark_non_differentiable(sums)
-        return loss, sums
+        return sums[0] / num_tokens, sums
 
     @staticmethod
     @once_differentiable
@@ -83,23 +83,33 @@ class _ChunkedLoss(torch.autograd.Function):
         return gradient.mul_(d_loss).view(ctx.logits_shape), None, None, None, None, None
 
 
-def _kl(student: Tensor, teacher: Tensor, temperature: float, weight: float) -> tuple[Tensor, Tensor]:
-    """(sum of KL(teacher || student), gradient of weight T^2 times it); `[n, V]` float32 each."""
-    log_p_student = torch.log_softmax(student / temperature, -1)
-    log_p_teacher = torch.log_softmax(teacher / temperature, -1)
-    p_teacher = log_p_teacher.exp()
-    kl_sum = (p_teacher * log_p_teacher.sub_(log_p_student)).sum()
-    return kl_sum, log_p_student.exp_().sub_(p_teacher).mul_(weight * temperature)
+def _chunk_loss(
+    student: Tensor, teacher: Tensor | None, targets: Tensor, kl_weight: float, ce_weight: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of KL, sum of cross-entropy, weighted gradient) of `[n, V]` logits; `[]`, `[]`, `[n, V]`, float32.
 
-
-def _cross_entropy(student: Tensor, targets: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:
-    """(sum over tokens with target of -log p, gradient of weight times it)."""
-    has_target = targets != IGNORED_TARGET
+    Passes over `[n, V]` are what this costs, so softmaxes are shared and overwritten.
+    """
+    log_p = torch.log_softmax(student, -1, dtype=torch.float32)
+    has_target = (targets != IGNORED_TARGET).unsqueeze(-1)
     index = targets.clamp_min(0).unsqueeze(-1)
-    ce = student.logsumexp(-1) - student.gather(-1, index).squeeze(-1)
-    ce_sum = ce.masked_fill(~has_target, 0).sum()
-    if weight == 0:
-        return ce_sum, None
-    gradient = student.softmax(-1)
-    gradient.scatter_(-1, index, gradient.gather(-1, index) - 1)
-    return ce_sum, gradient.mul_(has_target.unsqueeze(-1) * weight)
+    ce = -log_p.gather(-1, index).masked_fill(~has_target, 0).sum()
+    ce_weights = has_target * ce_weight
+    if teacher is None:
+        kl = torch.zeros_like(ce)
+        gradient = log_p.exp_().mul_(ce_weights)
+    elif temperature == 1:
+        kl, p_teacher = _kl(log_p, torch.log_softmax(teacher, -1, dtype=torch.float32))
+        gradient = log_p.exp_().mul_(ce_weights + kl_weight).sub_(p_teacher, alpha=kl_weight)
+    else:
+        softened = torch.log_softmax(student.float() / temperature, -1)
+        kl, p_teacher = _kl(softened, torch.log_softmax(teacher.float() / temperature, -1))
+        gradient = softened.exp_().sub_(p_teacher).mul_(kl_weight * temperature).add_(log_p.exp_().mul_(ce_weights))
+    gradient.scatter_(-1, index, gradient.gather(-1, index) - ce_weights)
+    return kl, ce, gradient
+
+
+def _kl(log_p_student: Tensor, log_p_teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of KL(teacher || student), teacher's probabilities); overwrites `log_p_teacher`."""
+    p_teacher = log_p_teacher.exp()
+    return log_p_teacher.sub_(log_p_student).mul_(p_teacher).sum(), p_teacher

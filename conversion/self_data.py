@@ -5,10 +5,12 @@ beginning-of-text token, from short openings of many kinds of text, and, for a c
 point where a user's turn begins, so that it writes both sides of a conversation.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from hf_linattn.conversion.config import SelfSamplingConfig
 from hf_linattn.errors import UserError
@@ -21,6 +23,8 @@ OPENINGS = (
 )  # fmt: skip
 SHORTEST_SAMPLE = 16
 PLACEHOLDER = "\x00"
+# Sorting a few candidates instead of the vocabulary; beyond them a language model has next to no mass.
+TOP_K = 1024
 
 
 def sample_documents(
@@ -47,17 +51,17 @@ def sample_documents(
     Raises:
         UserError: a tokenizer without beginning- and end-of-text token, or a model whose every sample ends at once.
     """
-    prompts, turn = _prompts(tokenizer), _user_turn(tokenizer)
+    groups, is_chat = _prompts_by_length(tokenizer), bool(getattr(tokenizer, "chat_template", None))
     end = _end_tokens(model, tokenizer)
     given = batch_idx = 0
     while given < tokens:
-        first = batch_idx * config.batch_size
-        chosen = [prompts[n % len(prompts)] for n in range(first, first + config.batch_size)]
+        group, first = groups[batch_idx % len(groups)], batch_idx // len(groups) * config.batch_size
+        prompts = [group[n % len(group)] for n in range(first, first + config.batch_size)]
         torch.manual_seed(seed + batch_idx)
-        rows = _generate(model, chosen, config, sequence_length)
-        # A conversation is one document, though each of its turns ends with an end-of-text token.
-        pieces = [[row] if prompt == turn else _split(row, end) for row, prompt in zip(rows, chosen, strict=True)]
-        documents = [piece for row in pieces for piece in row if len(piece) >= min(SHORTEST_SAMPLE, sequence_length)]
+        rows = sample_rows(model, prompts, sequence_length, temperature=config.temperature, top_p=config.top_p)
+        # A chat model ends turns with its end-of-text token, and a conversation is one document.
+        pieces = rows if is_chat else [piece for row in rows for piece in _split(row, end)]
+        documents = [piece for piece in pieces if len(piece) >= min(SHORTEST_SAMPLE, sequence_length)]
         if not documents:
             raise UserError(
                 "data: self: every sample of the model ends within a few tokens; give a text file or a Hub dataset"
@@ -69,31 +73,35 @@ def sample_documents(
         report(min(given, tokens))
 
 
-def _generate(model, prompts, config: SelfSamplingConfig, sequence_length: int) -> list[list[int]]:
-    """One row of `sequence_length` tokens per prompt; past an end-of-text token the model writes the next document."""
-    longest = max(map(len, prompts))
-    device = next(model.parameters()).device
-    # Any token will do where the attention mask is 0.
-    input_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    own, was_training = model.generation_config, model.training
-    # The model's own settings (stop tokens, penalties, top_k) would change the distribution that is sampled from.
-    model.generation_config = GenerationConfig()
-    try:
-        output = model.eval().generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=max(1, sequence_length - longest),
-            do_sample=True,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=0,
-            pad_token_id=0,
-        )
-    finally:
-        model.generation_config = own
-        model.train(was_training)
-    return [row[longest - len(p) :] for row, p in zip(output.tolist(), prompts, strict=True)]
+@torch.inference_mode()
+def sample_rows(
+    model: PreTrainedModel, prompts: list[list[int]], length: int, *, temperature: float, top_p: float
+) -> list[list[int]]:
+    """Continue `prompts`, of one length, to `length` tokens each, from the model's distribution and nothing else.
+
+    Not `generate`: it sorts the whole vocabulary for top_p, half the time of a step on a CPU, applies the model's own
+    penalties, and stops at an end-of-text token, after which the model may as well write its next document.
+    """
+    was_training = model.training
+    model.eval()
+    rows = torch.tensor(prompts, device=next(model.parameters()).device)
+    cache = DynamicCache(config=model.config)
+    tokens = rows
+    while rows.shape[1] < length:
+        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+        tokens = _draw(logits.float() / temperature, top_p)
+        rows = torch.cat([rows, tokens], dim=1)
+    model.train(was_training)
+    return rows.tolist()
+
+
+def _draw(logits: Tensor, top_p: float) -> Tensor:
+    """`[B, V]` -> `[B, 1]`: from the smallest set of likeliest tokens that holds `top_p`, TOP_K of them at most."""
+    values, candidates = logits.topk(min(TOP_K, logits.shape[-1]))
+    probabilities = (values - logits.logsumexp(-1, keepdim=True)).exp()
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= top_p, 0)
+    return candidates.gather(-1, torch.multinomial(probabilities, 1))
 
 
 def _split(row: list[int], end: set[int]) -> list[list[int]]:
@@ -113,22 +121,18 @@ def _end_tokens(model, tokenizer) -> set[int]:
     return {token for token in (*configured, tokenizer.eos_token_id) if token is not None}
 
 
-def _prompts(tokenizer) -> list[list[int]]:
-    """Beginning-of-text alone, openings, and the start of a user's turn, interleaved."""
+def _prompts_by_length(tokenizer) -> list[list[list[int]]]:
+    """Beginning-of-text alone, openings, and the start of a user's turn, grouped by length: no batch needs padding."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise UserError(
             "data: self: the tokenizer has neither a beginning- nor an end-of-text token to start a sample from; "
             "give a text file or a Hub dataset"
         )
-    turn = _user_turn(tokenizer)
-    prompts = []
-    for opening in OPENINGS:
-        ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
-        prompts += [[start], [start, *ids]]
-        if turn:
-            prompts.append(turn)
-    return prompts
+    prompts = [[start], *([start, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in OPENINGS)]
+    if turn := _user_turn(tokenizer):
+        prompts.append(turn)
+    return [list(group) for _, group in itertools.groupby(sorted(prompts, key=len), key=len)]
 
 
 def _user_turn(tokenizer) -> list[int] | None:

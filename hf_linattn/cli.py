@@ -6,9 +6,6 @@ the only module that sees conversion and evals. It imports them, torch and trans
 """
 
 import logging
-import shlex
-import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +28,6 @@ from hf_linattn.cli_options import (
 from hf_linattn.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-RESULTS_NAME, TEXT_LENGTH = "evaluation", 8192
 
 
 app = typer.Typer(
@@ -85,7 +80,9 @@ def convert(
         return
     evaluation = config.evaluation
     if not no_eval and IS_MAIN_PROCESS:
-        _check_evaluation_input(evaluation.tasks, task_data, text)
+        from hf_linattn.cli_evaluation import check_evaluation_input
+
+        check_evaluation_input(evaluation.tasks, task_data, text)
 
     from hf_linattn.conversion.pipeline import convert as run_conversion
 
@@ -95,23 +92,21 @@ def convert(
     logger.info("%s is complete", output)
     if no_eval:
         return
+    from hf_linattn.cli_evaluation import score
+
     logger.info("evaluating; to repeat it: hf-linattn eval %s --teacher %s -o %s", output, model, output)
-    _evaluate(
-        str(output),
-        model,
-        report=output,
-        reuse=resume,
-        tasks=evaluation.tasks,
-        task_data=task_data,
-        text=text,
-        limit=evaluation.limit,
-        batch_size=evaluation.batch_size,
-        recall_lengths=evaluation.recall_lengths,
-        recall_trials=evaluation.recall_trials,
-        text_length=evaluation.perplexity_length,
-        device=device,
-        conversion={name: summary[name] for name in ("recipe", "tokens", "seconds", "peak_gib", "seed")},
-    )
+    settings = {
+        "tasks": evaluation.tasks,
+        "task_data": task_data,
+        "limit": evaluation.limit,
+        "batch_size": evaluation.batch_size,
+        "recall_lengths": evaluation.recall_lengths,
+        "recall_trials": evaluation.recall_trials,
+        "text_length": evaluation.perplexity_length,
+        "conversion": {name: summary[name] for name in ("recipe", "tokens", "seconds", "peak_gib", "seed")},
+        "reuse": resume,
+    }
+    score(str(output), model, settings, report=output, text=text, device=device)
 
 
 @app.command()
@@ -148,6 +143,9 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma separated; `none` for none.")] = None,
     task_data: TaskData = None,
     text: Text = None,
+    recall_lengths: Annotated[
+        str | None, typer.Option(help="Prompt lengths in tokens, comma separated; `none` skips recall.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per task, for trying things out.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass; changes no figure.", min=1)] = 8,
     output: Annotated[
@@ -157,23 +155,21 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Score teacher, converted model and its window alone: tasks, perplexity by position, recall at a distance."""
-    from hf_linattn.evals.run import DEFAULT_TASKS
+    from hf_linattn.cli_evaluation import score
+    from hf_linattn.evals.run import DEFAULT_TASKS, RECALL_LENGTHS
 
     if resume and output is None:
         raise UserError("--resume: expected an output folder (-o) whose scores are kept, got none")
-    names = DEFAULT_TASKS if tasks is None else [name for name in tasks.split(",") if name and name != "none"]
-    _evaluate(
-        folder,
-        teacher,
-        report=output,
-        reuse=resume,
-        tasks=names,
-        task_data=task_data,
-        text=text,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-    )
+    lengths = RECALL_LENGTHS if recall_lengths is None else _read_numbers("--recall-lengths", recall_lengths)
+    settings = {
+        "tasks": DEFAULT_TASKS if tasks is None else _read_list(tasks),
+        "recall_lengths": lengths,
+        "task_data": task_data,
+        "limit": limit,
+        "batch_size": batch_size,
+        "reuse": resume,
+    }
+    score(folder, teacher, settings, report=output, text=text, device=device)
 
 
 @app.command()
@@ -233,14 +229,35 @@ def push(
 
 @app.command()
 def bench(
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default by device.")] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="B,H,N,D", help="Batch, heads, tokens, head_dim; repeatable."),
+    ] = None,
+    runs: Annotated[int, typer.Option(help="Timed repetitions, of which the median counts.", min=1)] = 20,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file to write.")] = None,
     device: Device = None,
 ) -> None:
-    """Time the ops on this machine, next to PyTorch's softmax attention and, where installed, FLA."""
-    from hf_linattn.evals.bench import run_bench
+    """Time the ops here, next to PyTorch's softmax attention and, where installed, FLA."""
+    import torch
+    from rich.console import Console
+
+    from hf_linattn.evals.bench import CPU_SHAPES, CUDA_SHAPES, print_bench, run_bench
     from hf_linattn.info import check_device
 
-    run_bench(device=check_device(device), output=output)
+    where = check_device(device)
+    sizes = [tuple(_read_numbers("--shape", shape, 4)) for shape in shapes or []] or (
+        CUDA_SHAPES if where.type == "cuda" else CPU_SHAPES
+    )
+    dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise UserError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
+    rows = run_bench(where, getattr(torch, dtype), sizes, runs=runs)
+    print_bench(rows, Console())
+    if output is not None:
+        from hf_linattn.cli_evaluation import write_bench
+
+        write_bench(output, where, rows)
 
 
 @app.command()
@@ -303,70 +320,13 @@ def _print_settings(config, title: str) -> None:
     typer.echo(f"# {title}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}", nl=False)
 
 
-def _check_evaluation_input(tasks, task_data: Path | None, text: Path | None) -> None:
-    """Find out before a conversion, not after it, that its evaluation cannot run."""
-    from hf_linattn.evals.task_data import leaf_tasks, write_local_tasks
-    from hf_linattn.evals.text_files import read_documents
-
-    if text is not None:
-        read_documents(text)
-    for name in tasks:
-        leaf_tasks(name)
-    if task_data is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            write_local_tasks(task_data, tasks, folder)
+def _read_list(text: str) -> list[str]:
+    """The parts of a comma separated list; none of `none`."""
+    return [] if text == "none" else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _evaluate(
-    folder: str, teacher: str | None, *, report: Path | None, text: Path | None, device: str | None, **settings
-):
-    """Score `folder` and print the table; with `report`, write it there, and into a model card that is there."""
-    from transformers import AutoTokenizer
-
-    from hf_linattn.evals.report import print_results
-    from hf_linattn.evals.run import RECALL_LENGTHS
-    from hf_linattn.evals.run import evaluate as run_evaluation
-    from hf_linattn.info import check_device, model_facts
-    from hf_linattn.loading import load_model
-    from hf_linattn.sample_text import write_sample_text
-
-    facts = model_facts(folder)
-    variants = ("teacher", "student", "window_only") if facts.attention["window"] else ("teacher", "student")
-    text_length = min(settings.pop("text_length", TEXT_LENGTH), facts.max_positions)
-    lengths = [n for n in settings.pop("recall_lengths", RECALL_LENGTHS) if n <= facts.max_positions]
-
-    def progress(part: str, done: int, total: int) -> None:
-        logger.info("evaluation: %d of %d, %s", done, total, part)
-
-    with tempfile.TemporaryDirectory() as temporary:
-        results = run_evaluation(
-            lambda: load_model(folder, dtype=facts.dtype)[0],
-            AutoTokenizer.from_pretrained(folder),
-            teacher=None if teacher is None else lambda: load_model(teacher, dtype=facts.dtype)[0],
-            variants=variants,
-            text=text or write_sample_text(temporary, text_length),
-            text_length=text_length,
-            recall_lengths=lengths,
-            device=check_device(device),
-            command=shlex.join(["hf-linattn", *sys.argv[1:]]),
-            output=None if report is None else report / f"{RESULTS_NAME}.json",
-            progress=progress,
-            **settings,
-        )
-    print_results(results)
-    if report is not None:
-        _write_report(report, results)
-
-
-def _write_report(folder: Path, results: dict) -> None:
-    import json
-
-    from hf_linattn.conversion.model_card import write_model_card
-    from hf_linattn.evals.report import results_table, write_report
-
-    table, plot = write_report(results, folder, RESULTS_NAME)
-    summary = folder / "conversion.json"
-    if summary.is_file():
-        values = json.loads(summary.read_text(encoding="utf-8"))
-        write_model_card(folder, values, results, results_table(results), (plot.name,))
-    logger.info("wrote %s, %s and %s", folder / f"{RESULTS_NAME}.json", table, plot)
+def _read_numbers(option: str, text: str, count: int | None = None) -> list[int]:
+    parts = _read_list(text)
+    if not all(part.isdigit() and int(part) for part in parts) or len(parts) != (count or len(parts)):
+        raise UserError(f"{option}: expected {count or 'some'} positive numbers with commas between, got {text!r}")
+    return [int(part) for part in parts]

@@ -97,6 +97,13 @@ def check_device(name: str | None) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """What a report calls `device`."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.getdevice_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
 def environment_facts(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str]:
     """Label -> text: versions, device, and which op backend runs there for `dtype` (default float32) and why.
 
@@ -109,7 +116,7 @@ def environment_facts(device: torch.device, dtype: torch.dtype | None = None) ->
         raise UserError(str(error)) from error
     facts = {"python": platform.python_version()}
     facts |= {name: found for name in PACKAGES if (found := _version(name))}
-    facts["device"] = _device_name(device)
+    facts["device"] = device_name(device)
     facts["op backend"] = f"{backend} ({reason})"
     return facts
 
@@ -207,9 +214,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

@@ -18,6 +18,7 @@ FOLDERS = {
     "hf_linattn.recipes": "recipes",
 }
 UPPER_LAYERS = ("hf_linattn.conversion", "hf_linattn.evals", "hf_linattn.recipes")
+COMMAND_LINE = ("cli", "cli_evaluation", "cli_errors", "cli_options")
 MAX_LINES = 400
 
 
@@ -47,6 +48,10 @@ def reaches(name, package):
     return name == package or name.startswith(package + ".")
 
 
+def reaches_command_line(name):
+    return any(reaches(name, f"hf_linattn.{module}") for module in COMMAND_LINE)
+
+
 def violation(name, in_function, layer, module):
     """Why `module` of `layer` may not import `name`, or None."""
     top_level = name.split(".")[0]
@@ -56,16 +61,16 @@ def violation(name, in_function, layer, module):
         return "the ops import torch, the standard library and nothing of ours"
     if layer == "hf_linattn":
         if any(reaches(name, upper) for upper in UPPER_LAYERS):
-            if module == "cli":
+            if module in COMMAND_LINE:
                 return None if in_function else "the command line imports the layers above lazily, inside functions"
             return "the runtime ships without conversion, evals and recipes"
-        if reaches(name, "hf_linattn.cli") and module != "__main__":
+        if reaches_command_line(name) and module not in (*COMMAND_LINE, "__main__"):
             return "the command line sees all; nothing sees the command line"
         return None
     if layer == "hf_linattn.recipes":
         return "recipes are data only"
     sibling = "hf_linattn.evals" if layer == "hf_linattn.conversion" else "hf_linattn.conversion"
-    if reaches(name, sibling) or reaches(name, "hf_linattn.cli"):
+    if reaches(name, sibling) or reaches_command_line(name):
         return f"{layer} stands beside {sibling}, below the command line"
     return None
 
@@ -105,6 +110,7 @@ def test_imports_point_one_way(layer):
         ("def f():\n    from hf_linattn.conversion import pipeline", "hf_linattn", "modeling"),
         ("from hf_linattn import evals", "hf_linattn", "attention"),
         ("from hf_linattn.conversion.pipeline import convert", "hf_linattn", "cli"),
+        ("from hf_linattn.cli_errors import explain", "hf_linattn", "loading"),
         ("import hf_linattn.evals.run", "hf_linattn.conversion", "pipeline"),
         ("from hf_linattn.conversion import config", "hf_linattn.evals", "run"),
         ("import hf_linattn.cli", "hf_linattn.evals", "run"),

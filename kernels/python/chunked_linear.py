@@ -61,8 +61,8 @@ class ChunkedLinearAttention(torch.autograd.Function):
             num = num.div_(guarded_denominator(den)[..., None])
             den = layout.from_chunks(den[..., None], is_query=True)[..., 0]
         o = layout.from_chunks(num.to(q.dtype), is_query=True).contiguous()
-        ctx.save_for_backward(q, k, v, g, kv, key_sum, value_sum, weight_sum, cu_seqlens, o, den)
-        ctx.form, ctx.output_final_state = form, output_final_state
+        ctx.save_for_backward(q, k, v, g, kv, key_sum, value_sum, weight_sum, o, den)
+        ctx.form, ctx.layout, ctx.output_final_state = form, layout, output_final_state
         if not output_final_state:
             return (o,)
         return (o, *(s for s in unstack_linear_sums(final, x, form) if s is not None))
@@ -70,10 +70,9 @@ class ChunkedLinearAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, *final_gradients):
-        q, k, v, g, kv, key_sum, value_sum, weight_sum, cu_seqlens, o, den = ctx.saved_tensors
-        form = ctx.form
+        q, k, v, g, kv, key_sum, value_sum, weight_sum, o, den = ctx.saved_tensors
+        form, layout = ctx.form, ctx.layout
         with autocast_off(q.device):
-            layout = chunk_layout(q, k, cu_seqlens, chunk_size_for(q.shape[-1]))
             x = linear_operands(layout, q, k, v, g, None, form)
             first = LinearAttentionState(kv, key_sum, value_sum, weight_sum)
             boundary = None if kv is None else stack_linear_sums(first, x)

@@ -110,9 +110,10 @@ class ChunkedWindowLinearAttention(torch.autograd.Function):
         num, den, peak = (blocks.from_chunks(y) for y in (num, den[..., None], peak[..., None]))
         sums = None if kv is None else LinearAttentionState(kv, key_sum, value_sum, weight_sum)
         # A single query beyond the window is enough to need the far part; so is a state to hand on.
-        far = None
+        far, layout = None, None
         if q.shape[1] > form.window or sums is not None:
-            layout, operands, boundary = _far_operands(phi_q, phi_k, v, g, sums, cu_seqlens, key_is_valid, form)
+            layout = chunk_layout(phi_q, phi_k, cu_seqlens, chunk_size_for(phi_q.shape[-1]), delay=form.window)
+            operands, boundary = _far_operands(layout, phi_q, phi_k, v, g, sums, key_is_valid, form)
             far = linear_chunk_forward(layout, operands, boundary, _far_form(form))
             far_num = layout.from_chunks(far[0], is_query=True)
             far_den = layout.from_chunks(far[1][..., None], is_query=True)
@@ -120,9 +121,9 @@ class ChunkedWindowLinearAttention(torch.autograd.Function):
         o = num.div_(den).to(q.dtype).contiguous()
         lse = (peak + den.log())[..., 0]
         ctx.save_for_backward(
-            q, k, v, phi_q, phi_k, g, log_scale, kv, key_sum, value_sum, weight_sum, cu_seqlens, key_is_valid, o, lse
+            q, k, v, phi_q, phi_k, g, log_scale, kv, key_sum, value_sum, weight_sum, key_is_valid, o, lse
         )
-        ctx.form, ctx.has_far = form, far is not None
+        ctx.form, ctx.blocks, ctx.layout = form, blocks, layout
         if not output_final_state:
             return (o,)
         if far is None:
@@ -139,11 +140,9 @@ class ChunkedWindowLinearAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, *_):
         # Unpacked once: activation checkpointing recomputes on the first access and allows no second.
-        (q, k, v, phi_q, phi_k, g, log_scale, *sums, cu_seqlens, key_is_valid, o, lse) = ctx.saved_tensors
-        kv, key_sum, value_sum, weight_sum = sums
-        form = ctx.form
+        (q, k, v, phi_q, phi_k, g, log_scale, *sums, key_is_valid, o, lse) = ctx.saved_tensors
+        form, blocks, layout = ctx.form, ctx.blocks, ctx.layout
         with autocast_off(q.device):
-            blocks = chunk_layout(q, k, cu_seqlens, window_block_size(form.window, q.shape[1]))
             x = window_operands(
                 blocks, q, k, v, key_is_valid, window=form.window, scale=form.scale, softcap=form.softcap
             )
@@ -154,9 +153,9 @@ class ChunkedWindowLinearAttention(torch.autograd.Function):
             dphi_q, dphi_k, dg, dlog_scale = (
                 None if y is None else torch.zeros_like(y) for y in (phi_q, phi_k, g, log_scale)
             )
-            if ctx.has_far:
-                sums = None if kv is None else LinearAttentionState(kv, key_sum, value_sum, weight_sum)
-                layout, operands, boundary = _far_operands(phi_q, phi_k, v, g, sums, cu_seqlens, key_is_valid, form)
+            if layout is not None:
+                sums = None if sums[0] is None else LinearAttentionState(*sums)
+                operands, boundary = _far_operands(layout, phi_q, phi_k, v, g, sums, key_is_valid, form)
                 weight = _far_factor(log_scale, lse)
                 grads: LinearGradients = linear_chunk_backward(
                     layout,
@@ -181,18 +180,17 @@ def _far_form(form: WindowForm) -> LinearForm:
 
 
 def _far_operands(
+    layout: DenseChunks | PackedChunks,
     phi_q: Tensor,
     phi_k: Tensor,
     v: Tensor,
     g: Tensor | None,
     sums: LinearAttentionState | None,
-    cu_seqlens: Tensor | None,
     key_is_valid: Tensor | None,
     form: WindowForm,
-) -> tuple[DenseChunks | PackedChunks, LinearOperands, Tensor | None]:
-    layout = chunk_layout(phi_q, phi_k, cu_seqlens, chunk_size_for(phi_q.shape[-1]), delay=form.window)
+) -> tuple[LinearOperands, Tensor | None]:
     operands = linear_operands(layout, phi_q, phi_k, v, g, key_is_valid, _far_form(form))
-    return layout, operands, None if sums is None else stack_linear_sums(sums, operands)
+    return operands, None if sums is None else stack_linear_sums(sums, operands)
 
 
 def _merge_far(

@@ -39,7 +39,7 @@ class LinearForm(NamedTuple):
 
 
 class LinearOperands(NamedTuple):
-    """Chunk layout of one call: M = n * Z, rows of q are G * C.
+    """Chunk layout of one call: M = Z * n, rows of q are G * C.
 
     Attributes:
         q: `[M, G * C, K^]` with a column of ones if a != 0.
@@ -47,10 +47,11 @@ class LinearOperands(NamedTuple):
         v: `[M, C, V^]` with `SPLIT_PARTS` columns of ones if normalised.
         key_count: `[M, 1, C]` 1 for a token that counts, 0 otherwise, or None where causality alone excludes the rest.
         log_decay: `[M, C]` cumulative log decay within the chunk, or None.
-        coefficients: `[K^]`: b for the features, a for the column of ones, 0 for padding.
+        coefficients: `[K^]`: b for the features, a for the column of ones, 0 for padding; just b without that column.
         feature_dim: K.
         value_dim: V.
         acc: dtype of all sums.
+        rounding: dtype that matrix products may round their operands to.
     """
 
     q: Tensor
@@ -58,10 +59,11 @@ class LinearOperands(NamedTuple):
     v: Tensor
     key_count: Tensor | None
     log_decay: Tensor | None
-    coefficients: Tensor
+    coefficients: Tensor | float
     feature_dim: int
     value_dim: int
     acc: torch.dtype
+    rounding: torch.dtype
 
 
 class LinearGradients(NamedTuple):
@@ -123,18 +125,21 @@ def linear_operands(
     v_c = layout.to_chunks(v, dtype, _aligned_width(value_dim + SPLIT_PARTS) if form.normalize else value_dim)
     if form.normalize:
         v_c[..., value_dim : value_dim + SPLIT_PARTS] = 1
-    coefficients = torch.full((key_width,), form.b, dtype=acc, device=q.device)
-    key_count = None
+    coefficients, key_count = form.b, None
     if form.a != 0:
         counts = torch.ones((), dtype=torch.bool, device=q.device) if key_is_valid is None else key_is_valid[..., None]
         key_count = layout.to_chunks(counts.expand(k.shape[:3])[..., None], dtype)
         q_c[..., feature_dim] = 1
         k_c[..., feature_dim] = key_count[..., 0]
+        coefficients = torch.zeros(key_width, dtype=acc, device=q.device)
+        coefficients[:feature_dim] = form.b
         coefficients[feature_dim] = form.a
-        coefficients[feature_dim + 1 :] = 0
         key_count = None if key_is_valid is None else key_count.to(acc).transpose(1, 2)
     log_decay = None if g is None else sum_within_chunk(layout.to_chunks(g[..., None], acc)[..., 0])
-    return LinearOperands(q_c, k_c, v_c, key_count, log_decay, coefficients, feature_dim, value_dim, acc)
+    # float32 matrices on the CPU may be multiplied as bfloat16 (torch.set_float32_matmul_precision): exact for
+    # operands that are bfloat16 numbers.
+    rounding = torch.bfloat16 if q.dtype == torch.bfloat16 else dtype
+    return LinearOperands(q_c, k_c, v_c, key_count, log_decay, coefficients, feature_dim, value_dim, acc, rounding)
 
 
 def linear_chunk_forward(
@@ -153,13 +158,16 @@ def linear_chunk_forward(
     """
     after, incoming, key_sum = _chunk_states(layout, x, boundary, form)
     o = chunk_matmul(x.q, incoming[..., : x.value_dim], x.acc)
-    den = (x.q.to(x.acc) @ key_sum[..., None])[..., 0] if form.normalize else None
+    den = None
+    if form.normalize:
+        parts = _split_parts(key_sum[..., None], x.rounding).to(x.q.dtype)
+        den = chunk_matmul(x.q, parts, x.acc).sum(-1)
     if x.log_decay is not None:
         gain = x.log_decay.exp()
         o = _scale_rows(o, gain)
         den = _scale_rows(den, gain) if form.normalize else None
     if form.causal:
-        weights = _chunk_weights(x, form).to(x.v.dtype)
+        weights = _chunk_weights(x, form)
         intra = chunk_matmul(weights, x.v, x.acc)
         o.add_(intra[..., : x.value_dim])
         if form.normalize:
@@ -192,17 +200,16 @@ def linear_chunk_backward(
     dq = chunk_matmul(u_c[..., values], incoming[:, features, values].transpose(1, 2), x.acc)
     if form.normalize:
         minus_d = layout.to_chunks(minus_d[..., None], x.acc, is_query=True)
-        u_c[..., x.value_dim : x.value_dim + SPLIT_PARTS] = _split_parts(minus_d, x.q.dtype)
+        u_c[..., x.value_dim : x.value_dim + SPLIT_PARTS] = _split_parts(minus_d, x.rounding)
         dq.addcmul_(minus_d, key_sum[:, None, features])
     q_in, k_out, loss = x.q, x.k, None
     if x.log_decay is not None:
         gain, loss = x.log_decay.exp(), (x.log_decay[:, -1:] - x.log_decay).exp()
         dq, q_in = _scale_rows(dq, gain), _scale_rows(x.q, gain.to(x.q.dtype))
         k_out = x.k * loss[..., None].to(x.k.dtype)
-    z = after.shape[1]
-    read = chunk_matmul(q_in.transpose(1, 2), u_c, x.acc).mul_(x.coefficients[:, None]).unflatten(0, (-1, z))
+    read = _weigh_features(chunk_matmul(q_in.transpose(1, 2), u_c, x.acc), x, -2).unflatten(0, (-1, layout.num_chunks))
     if form.causal:
-        before = layout.carry(read, _chunk_decay(x, z), final_gradient, reverse=True)
+        before = layout.carry(read, _chunk_log_decay(layout, x), final_gradient, reverse=True)
         from_later = layout.incoming(before, final_gradient, reverse=True).flatten(0, 1)
         boundary_gradient = layout.outgoing(before, final_gradient, reverse=True)
     else:
@@ -216,11 +223,11 @@ def linear_chunk_backward(
         dk = dk * loss[..., None]
     dv = chunk_matmul(k_out, rounded, x.acc)
     if form.causal:
-        weights = _chunk_weights(x, form).to(x.q.dtype)
+        weights = _chunk_weights(x, form)
         dv.add_(chunk_matmul(weights.transpose(1, 2), u_c[..., values], x.acc))
-        dp = _mask_and_decay(chunk_matmul(u_c, x.v.transpose(1, 2), x.acc), x).to(x.q.dtype)
+        dp = _mask_and_decay(chunk_matmul(u_c, x.v.transpose(1, 2), x.acc), x)
         dq.add_(chunk_matmul(dp, x.k[..., features], x.acc), alpha=form.b)
-        dk.addcmul_(chunk_matmul(dp.transpose(1, 2), x.q, x.acc), x.coefficients)
+        dk.add_(_weigh_features(chunk_matmul(dp.transpose(1, 2), x.q, x.acc), x, -1))
     d_log_decay = None
     if x.log_decay is not None:
         rows = layout.to_chunks(row_term[..., None], x.acc, is_query=True).view(len(dk), -1, layout.chunk).sum(1)
@@ -271,34 +278,41 @@ def sum_within_chunk(x: Tensor, reverse: bool = False) -> Tensor:
 def _chunk_states(
     layout: DenseChunks | PackedChunks, x: LinearOperands, boundary: Tensor | None, form: LinearForm
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """State after each chunk `[n, Z, K^, V^]`; coefficients * the state it reads `[M, K^, V^]`, rounded; key_sum."""
+    """State after each chunk `[Z, n, K^, V^]`; coefficients * the state it reads `[M, K^, V^]`, rounded; key_sum."""
     keys = x.k
     if x.log_decay is not None:
         keys = x.k * (x.log_decay[:, -1:] - x.log_decay).exp()[..., None].to(x.k.dtype)
-    updates = chunk_matmul(keys.transpose(1, 2), x.v, x.acc).unflatten(0, (layout.num_chunks, -1))
-    after = layout.carry(updates, _chunk_decay(x, updates.shape[1]), boundary)
+    updates = chunk_matmul(keys.transpose(1, 2), x.v, x.acc).unflatten(0, (-1, layout.num_chunks))
+    after = layout.carry(updates, _chunk_log_decay(layout, x), boundary)
 
     def read(values: Tensor, edge: Tensor | None) -> Tensor:
         if form.causal:
-            return layout.incoming(values, edge)
-        return layout.broadcast(layout.outgoing(values, None))
+            return layout.incoming(values, edge).flatten(0, 1)
+        return layout.broadcast(layout.outgoing(values, None)).flatten(0, 1)
 
-    columns = x.coefficients[:, None]
-    edge = None if boundary is None else (boundary * columns).to(x.q.dtype)
-    incoming = read((after * columns).to(x.q.dtype), edge).reshape(-1, *after.shape[2:])
+    def rounded(values: Tensor) -> Tensor:
+        return _weigh_features(values, x, -2).to(x.q.dtype)
+
+    incoming = read(rounded(after), None if boundary is None else rounded(boundary))
     if not form.normalize:
         return after, incoming, None
-    edge = None if boundary is None else boundary[..., x.value_dim]
-    key_sum = read(after[..., x.value_dim], edge).reshape(-1, after.shape[2]) * x.coefficients
-    return after, incoming, key_sum
+    key_sum = read(after[..., x.value_dim], None if boundary is None else boundary[..., x.value_dim])
+    return after, incoming, _weigh_features(key_sum, x, -1)
 
 
-def _chunk_decay(x: LinearOperands, z: int) -> Tensor | None:
-    return None if x.log_decay is None else x.log_decay[:, -1].exp().view(-1, z)
+def _weigh_features(values: Tensor, x: LinearOperands, axis: int) -> Tensor:
+    """Times the coefficients along `axis` (-1 or -2), of length K^."""
+    if isinstance(x.coefficients, float):
+        return values if x.coefficients == 1 else values * x.coefficients
+    return values * (x.coefficients if axis == -1 else x.coefficients[:, None])
+
+
+def _chunk_log_decay(layout: DenseChunks | PackedChunks, x: LinearOperands) -> Tensor | None:
+    return None if x.log_decay is None else x.log_decay[:, -1].view(-1, layout.num_chunks)
 
 
 def _chunk_weights(x: LinearOperands, form: LinearForm) -> Tensor:
-    """Weights of the chunk's own keys `[M, G * C, C]`, decayed and masked."""
+    """Weights of the chunk's own keys `[M, G * C, C]`, decayed, masked and rounded."""
     features = slice(0, x.feature_dim)
     weights = chunk_matmul(x.q[..., features], x.k[..., features].transpose(1, 2), x.acc)
     if form.b != 1:
@@ -309,16 +323,17 @@ def _chunk_weights(x: LinearOperands, form: LinearForm) -> Tensor:
 
 
 def _mask_and_decay(weights: Tensor, x: LinearOperands) -> Tensor:
-    """In place: times e^{G_i - G_j} where j <= i, 0 elsewhere."""
+    """Times e^{G_i - G_j} where j <= i, 0 elsewhere, rounded to the operands' dtype; may overwrite `weights`."""
     chunk = weights.shape[-1]
-    by_group = weights.view(len(weights), -1, chunk, chunk)
     if x.log_decay is None:
-        by_group.tril_()
+        weights = weights.to(x.q.dtype)
+        weights.view(len(weights), -1, chunk, chunk).tril_()
         return weights
+    by_group = weights.view(len(weights), -1, chunk, chunk)
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=weights.device).triu(1)
     difference = x.log_decay[:, :, None] - x.log_decay[:, None, :]
     by_group.mul_(difference.masked_fill_(later, float("-inf")).exp_()[:, None])
-    return weights
+    return weights.to(x.q.dtype)
 
 
 def _scale_rows(x: Tensor, factor: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """Sequences cut into chunks of C tokens, each chunk owned by one sequence, and sums carried over the chunks.
 
-Chunk layout of a tensor `[B, T, H, dim]` (H = G * heads): `[n * Z, G * C, dim]` with Z = B * heads; the chunk index
-comes first so that a carry over chunks touches contiguous slices, and the G query heads that share a kv head are rows
-of one matrix. Rows without a token are zero. `delay` pairs the query of token i + delay with the key of token i: the
-state as it was `delay` tokens ago; the last `delay` keys and first `delay` queries of a sequence then have no row.
+Chunk layout of a tensor `[B, T, H, dim]` (H = G * heads): `[Z * n, G * C, dim]` with Z = B * heads and n chunks; the G
+query heads that share a kv head are rows of one matrix. Rows without a token are zero. `delay` pairs the query of
+token i + delay with the key of token i: the state as it was `delay` tokens ago; the last `delay` keys and first
+`delay` queries of a sequence then have no row.
 """
 
-import math
+import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hf_linattn.kernels.chunk_scan import scan_over_chunks
+
+MAX_KEPT_LAYOUTS = 8
 
 
 class DenseChunks:
@@ -22,57 +26,60 @@ class DenseChunks:
         self.chunk, self.delay = chunk, delay
         self.rows = max(self.tokens - delay, 0)
         self.num_chunks = max(-(-self.rows // chunk), 1)
+        self.is_first = torch.arange(self.num_chunks, device=q.device) == 0
 
     def to_chunks(self, x: Tensor, dtype: torch.dtype, width: int | None = None, is_query: bool = False) -> Tensor:
-        """`[B, T, H, dim]` -> `[n * Z, G * C, width]`, zero-padded on the right to `width`."""
+        """`[B, T, H, dim]` -> `[Z * n, G * C, width]`, zero-padded on the right to `width`."""
         heads, dim = x.shape[2:]
         x = x[:, self.delay :] if is_query else x[:, : self.rows]
         padding = (0, (width or dim) - dim, 0, 0, 0, self.num_chunks * self.chunk - x.shape[1])
-        x = (F.pad(x, padding) if any(padding) else x).to(dtype)
-        x = x.unflatten(2, (self.num_kv_heads, heads // self.num_kv_heads)).unflatten(1, (self.num_chunks, self.chunk))
-        return x.permute(1, 0, 3, 4, 2, 5).reshape(self.num_chunks * self.batch * self.num_kv_heads, -1, x.shape[-1])
+        x = F.pad(x, padding) if any(padding) else x
+        groups = heads // self.num_kv_heads
+        x = x.view(self.batch, self.num_chunks, self.chunk, self.num_kv_heads, groups, -1).permute(0, 3, 1, 4, 2, 5)
+        x = x.to(dtype, memory_format=torch.contiguous_format)
+        return x.reshape(self.batch * self.num_kv_heads * self.num_chunks, groups * self.chunk, -1)
 
     def from_chunks(self, y: Tensor, is_query: bool = False) -> Tensor:
-        """Inverse of `to_chunks`, dtype kept: `[n * Z, G * C, dim]` -> `[B, T, H, dim]`, zero where no row was."""
+        """Inverse of `to_chunks`, dtype kept: `[Z * n, G * C, dim]` -> `[B, T, H, dim]`, zero where no row was."""
         groups = y.shape[1] // self.chunk
-        y = y.view(self.num_chunks, self.batch, self.num_kv_heads, groups, self.chunk, -1).permute(1, 0, 4, 2, 3, 5)
+        y = y.view(self.batch, self.num_kv_heads, self.num_chunks, groups, self.chunk, -1).permute(0, 2, 4, 1, 3, 5)
         y = y.reshape(self.batch, self.num_chunks * self.chunk, self.num_kv_heads * groups, -1)[:, : self.rows]
         missing = self.tokens - self.rows
         return F.pad(y, (0, 0, 0, 0, missing, 0) if is_query else (0, 0, 0, 0, 0, missing)) if missing else y
 
-    def carry(self, updates: Tensor, decay: Tensor | None, boundary: Tensor | None, reverse: bool = False) -> Tensor:
-        """Inclusive decayed sums over the chunks of each sequence, overwriting `updates`.
+    def carry(
+        self, updates: Tensor, log_decay: Tensor | None, boundary: Tensor | None, reverse: bool = False
+    ) -> Tensor:
+        """Inclusive decayed sums over the chunks of each sequence; may overwrite `updates`.
 
-        after_c = updates_c + decay_c * after_{c-1}, and `boundary` before the first chunk; c runs backwards if
+        after_c = updates_c + e^{log_decay_c} after_{c-1}, and `boundary` before the first chunk; c runs backwards if
         `reverse`.
 
         Args:
-            updates: `[n, Z, ...]`.
-            decay: `[n, Z]` or None for 1.
+            updates: `[Z, n, ...]`.
+            log_decay: `[Z, n]` or None for 0.
             boundary: `[N, heads, ...]` or None for 0.
             reverse: run from the last chunk to the first.
         """
-        if reverse:
-            updates, decay = updates.flip(0), None if decay is None else decay.flip(0)
-        factor = None if decay is None else decay.view(*decay.shape, *[1] * (updates.ndim - 2))
         if boundary is not None:
-            first = boundary.reshape(updates.shape[1:])
-            updates[0] += first if factor is None else factor[0] * first
-        scan_over_chunks_(updates, factor)
-        return updates.flip(0) if reverse else updates
+            edge = -1 if reverse else 0
+            first = boundary.flatten(0, 1)
+            decay = 1.0 if log_decay is None else log_decay[:, edge].exp().view(-1, *[1] * (first.ndim - 1))
+            updates[:, edge] += decay * first
+        return scan_over_chunks(updates, log_decay, reverse)
 
     def incoming(self, after: Tensor, boundary: Tensor | None, reverse: bool = False) -> Tensor:
         """What each chunk receives: `after` of its predecessor, `boundary` (or 0) at the sequence's edge."""
-        edge = torch.zeros_like(after[:1]) if boundary is None else boundary.reshape(after[:1].shape).to(after.dtype)
-        return torch.cat([after[1:], edge] if reverse else [edge, after[:-1]])
+        edge = torch.zeros_like(after[:, :1]) if boundary is None else boundary.flatten(0, 1)[:, None].to(after.dtype)
+        return torch.cat([after[:, 1:], edge] if reverse else [edge, after[:, :-1]], 1)
 
     def outgoing(self, after: Tensor, boundary: Tensor | None, reverse: bool = False) -> Tensor:
-        """The sums at the far end of each sequence: `[n, Z, ...]` -> `[N, heads, ...]`."""
-        return (after[0] if reverse else after[-1]).unflatten(0, (self.batch, self.num_kv_heads))
+        """The sums at the far end of each sequence: `[Z, n, ...]` -> `[N, heads, ...]`."""
+        return after[:, 0 if reverse else -1].unflatten(0, (self.batch, self.num_kv_heads))
 
     def broadcast(self, total: Tensor) -> Tensor:
-        """One value per sequence to all of its chunks: `[N, heads, ...]` -> `[n, Z, ...]`."""
-        return total.flatten(0, 1).expand(self.num_chunks, *[-1] * (total.ndim - 1))
+        """One value per sequence to all of its chunks: `[N, heads, ...]` -> `[Z, n, ...]`."""
+        return total.flatten(0, 1)[:, None].expand(-1, self.num_chunks, *[-1] * (total.ndim - 2))
 
 
 class PackedChunks:
@@ -102,95 +109,117 @@ class PackedChunks:
 
         token_index = torch.arange(self.tokens, device=q.device)
         owner = torch.searchsorted(bounds[1:].contiguous(), token_index, right=True)
-        self.token_is_packed = owner < num_sequences
+        is_packed = owner < num_sequences
         owner = owner.clamp(max=num_sequences - 1)
-        self.position = token_index - bounds[owner]
-        self.token_length = lengths[owner]
-        self.first_row = starts[owner] * chunk
+        position, length, first_row = token_index - bounds[owner], lengths[owner], starts[owner] * chunk
+        self.indices: dict[tuple, Tensor | tuple[Tensor, Tensor]] = {}
+        # Row of each token as a key, and as a query.
+        self.has_row, self.row = [], []
+        for place in (position, position - delay):
+            self.has_row.append((place >= 0) & (place < length) & is_packed)
+            self.row.append((first_row + place).masked_fill(~self.has_row[-1], 0))
 
     def to_chunks(self, x: Tensor, dtype: torch.dtype, width: int | None = None, is_query: bool = False) -> Tensor:
         """See `DenseChunks.to_chunks`."""
         heads, dim = x.shape[2:]
         if self.tokens == 0:
-            rows = x.new_zeros(self.num_chunks * self.chunk, heads, dim)
+            x = x.new_zeros(self.num_kv_heads * self.num_chunks, heads // self.num_kv_heads * self.chunk, dim)
         else:
-            index = (self.token + self.delay).clamp(max=self.tokens - 1) if is_query else self.token
-            rows = x[0].index_select(0, index).masked_fill_(~self.is_token.view(-1, 1, 1), 0)
-        rows = (rows if width in (None, dim) else F.pad(rows, (0, width - dim))).to(dtype)
-        rows = rows.view(self.num_chunks, self.chunk, self.num_kv_heads, heads // self.num_kv_heads, -1)
-        return rows.permute(0, 2, 3, 1, 4).reshape(self.num_chunks * self.num_kv_heads, -1, rows.shape[-1])
+            # Gathers (token, head) pairs, so that rows land in their final order; models hold heads before tokens.
+            heads_first = x.stride(2) > x.stride(1)
+            pair, has_token = self._pairs_of_rows(heads, is_query, heads_first)
+            x = (x[0].transpose(0, 1) if heads_first else x[0]).reshape(-1, dim).index_select(0, pair)
+            x = x.masked_fill_(~has_token, 0).view(self.num_kv_heads * self.num_chunks, -1, dim)
+        return (x if width in (None, dim) else F.pad(x, (0, width - dim))).to(dtype)
 
     def from_chunks(self, y: Tensor, is_query: bool = False) -> Tensor:
         """See `DenseChunks.from_chunks`."""
-        groups = y.shape[1] // self.chunk
-        y = y.view(self.num_chunks, self.num_kv_heads, groups, self.chunk, -1).permute(0, 3, 1, 2, 4)
-        y = y.reshape(self.num_chunks * self.chunk, self.num_kv_heads * groups, -1)
-        position = self.position - self.delay if is_query else self.position
-        has_row = (position >= 0) & (position < self.token_length) & self.token_is_packed
-        row = (self.first_row + position).masked_fill(~has_row, 0)
-        return y.index_select(0, row).masked_fill_(~has_row.view(-1, 1, 1), 0)[None]
+        heads = self.num_kv_heads * (y.shape[1] // self.chunk)
+        pair = self._rows_of_tokens(heads, is_query)
+        x = y.reshape(-1, y.shape[-1]).index_select(0, pair).view(1, self.tokens, heads, y.shape[-1])
+        return x.masked_fill_(~self.has_row[is_query].view(1, -1, 1, 1), 0)
 
-    def carry(self, updates: Tensor, decay: Tensor | None, boundary: Tensor | None, reverse: bool = False) -> Tensor:
+    def carry(
+        self, updates: Tensor, log_decay: Tensor | None, boundary: Tensor | None, reverse: bool = False
+    ) -> Tensor:
         """See `DenseChunks.carry`."""
-        edge = (self.is_last if reverse else self.is_first)[:, None]
-        factor = (~edge).to(updates.dtype) if decay is None else decay.masked_fill(edge, 0)
+        edge = self.is_last if reverse else self.is_first
         if boundary is not None:
-            first = edge.to(updates.dtype) if decay is None else decay.masked_fill(~edge, 0)
-            trailing = [1] * (updates.ndim - 2)
-            updates = updates + first.view(*first.shape, *trailing) * boundary[self.sequence]
-        if reverse:
-            updates, factor = updates.flip(0), factor.flip(0)
-        scan_over_chunks_(updates, factor.view(*factor.shape, *[1] * (updates.ndim - 2)))
-        return updates.flip(0) if reverse else updates
+            at_edge = edge.to(updates.dtype) if log_decay is None else log_decay.exp().masked_fill(~edge, 0)
+            at_edge = at_edge.view(-1, self.num_chunks, *[1] * (updates.ndim - 2))
+            updates = torch.addcmul(updates, at_edge, self.broadcast(boundary))
+        # A chunk at the edge takes nothing from the one before it.
+        keep = updates.new_zeros(1, self.num_chunks) if log_decay is None else log_decay
+        return scan_over_chunks(updates, keep.masked_fill(edge, float("-inf")), reverse)
 
     def incoming(self, after: Tensor, boundary: Tensor | None, reverse: bool = False) -> Tensor:
         """See `DenseChunks.incoming`."""
-        edge = (self.is_last if reverse else self.is_first).view(-1, *[1] * (after.ndim - 1))
-        at_edge = 0 if boundary is None else boundary[self.sequence].to(after.dtype)
-        return torch.where(edge, at_edge, after.roll(-1 if reverse else 1, 0))
+        edge = (self.is_last if reverse else self.is_first).view(-1, *[1] * (after.ndim - 2))
+        shifted = after.roll(-1 if reverse else 1, 1)
+        if boundary is None:
+            return shifted.masked_fill_(edge, 0)
+        return torch.where(edge, self.broadcast(boundary).to(after.dtype), shifted)
 
     def outgoing(self, after: Tensor, boundary: Tensor | None, reverse: bool = False) -> Tensor:
         """See `DenseChunks.outgoing`."""
-        total = after[self.first_of_sequence if reverse else self.last_of_sequence]
+        total = after[:, self.first_of_sequence if reverse else self.last_of_sequence].transpose(0, 1)
         empty = self.is_empty.view(-1, *[1] * (total.ndim - 1))
         return torch.where(empty, 0 if boundary is None else boundary, total)
 
     def broadcast(self, total: Tensor) -> Tensor:
         """See `DenseChunks.broadcast`."""
-        return total[self.sequence]
+        return total[self.sequence].transpose(0, 1)
+
+    def _pairs_of_rows(self, heads: int, is_query: bool, heads_first: bool) -> tuple[Tensor, Tensor]:
+        """Which (token, head) pair each row of the chunk layout holds, and whether it holds one."""
+        key = ("rows", heads, is_query, heads_first)
+        if key not in self.indices:
+            groups = heads // self.num_kv_heads
+            token = (self.token + self.delay).clamp(max=self.tokens - 1) if is_query else self.token
+            token_step, head_step = (1, self.tokens) if heads_first else (heads, 1)
+            head = torch.arange(heads, device=token.device).view(self.num_kv_heads, 1, groups, 1)
+            pair = token.view(self.num_chunks, 1, self.chunk) * token_step + head * head_step
+            has_token = self.is_token.view(self.num_chunks, 1, self.chunk).expand_as(pair).reshape(-1, 1)
+            self.indices[key] = pair.flatten(), has_token
+        return self.indices[key]
+
+    def _rows_of_tokens(self, heads: int, is_query: bool) -> Tensor:
+        """Which row of the chunk layout holds each (token, head) pair."""
+        key = ("tokens", heads, is_query)
+        if key not in self.indices:
+            groups = heads // self.num_kv_heads
+            row = self.row[is_query][:, None]
+            head = torch.arange(heads, device=row.device)
+            chunk = head // groups * self.num_chunks + row // self.chunk
+            self.indices[key] = ((chunk * groups + head % groups) * self.chunk + row % self.chunk).flatten()
+        return self.indices[key]
 
 
 def chunk_layout(
     q: Tensor, k: Tensor, cu_seqlens: Tensor | None, chunk: int, delay: int = 0
 ) -> DenseChunks | PackedChunks:
-    """The layout for dense (`cu_seqlens` None) or packed input, from q `[B, T, H, *]` and k `[B, T, H_kv, *]`."""
-    return DenseChunks(q, k, chunk, delay) if cu_seqlens is None else PackedChunks(q, k, cu_seqlens, chunk, delay)
+    """The layout for dense (`cu_seqlens` None) or packed input, from q `[B, T, H, *]` and k `[B, T, H_kv, *]`.
 
-
-def scan_over_chunks_(x: Tensor, factor: Tensor | None) -> None:
-    """In place x_c += factor_c * x_{c-1}, c = 1, 2, ...; x `[n, ...]`, factor broadcasts over x's trailing axes.
-
-    Blocks of sqrt(n) chunks advance side by side, then hand their ends on: O(n) work in O(sqrt(n)) launches. Written
-    out because torch.cumsum has no decay, and no deterministic version on CUDA.
+    The layers of a model share their `cu_seqlens`: packed layouts of the last few tensors are kept while the tensor
+    lives, unchanged. Not inside a graph capture, whose replays must form the layout anew.
     """
+    if cu_seqlens is None:
+        return DenseChunks(q, k, chunk, delay)
+    if torch.compiler.is_compiling() or cu_seqlens.is_inference() or not _layouts_may_be_kept(cu_seqlens.device):
+        return PackedChunks(q, k, cu_seqlens, chunk, delay)
+    stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream if cu_seqlens.is_cuda else None
+    key = (cu_seqlens._version, q.shape[1], k.shape[2], chunk, delay, stream)
+    for owner, kept_key, layout in _kept_layouts:
+        if owner() is cu_seqlens and kept_key == key:
+            return layout
+    layout = PackedChunks(q, k, cu_seqlens, chunk, delay)
+    _kept_layouts[:] = [entry for entry in _kept_layouts if entry[0]() is not None][1 - MAX_KEPT_LAYOUTS :]
+    _kept_layouts.append((weakref.ref(cu_seqlens), key, layout))
+    return layout
 
-    def advance(target: Tensor, source: Tensor, by: Tensor | None) -> None:
-        if by is None:
-            target.add_(source)
-        else:
-            target.addcmul_(by, source)
 
-    size = math.isqrt(x.shape[0])
-    blocks = x.shape[0] // size
-    body = x[: blocks * size].unflatten(0, (blocks, size))
-    reach = None if factor is None else factor[: blocks * size].unflatten(0, (blocks, size)).clone()
-    for j in range(1, size):
-        advance(body[:, j], body[:, j - 1], None if factor is None else reach[:, j])
-        if reach is not None:
-            reach[:, j].mul_(reach[:, j - 1])
-    for r in range(1, blocks):
-        advance(body[r, -1], body[r - 1, -1], None if reach is None else reach[r, -1])
-    if size > 1 and blocks > 1:
-        advance(body[1:, :-1], body[:-1, -1:], None if reach is None else reach[1:, :-1])
-    for c in range(blocks * size, x.shape[0]):
-        advance(x[c], x[c - 1], None if factor is None else factor[c])
+_kept_layouts: list[tuple[weakref.ref, tuple, PackedChunks]] = []
+
+
+def _layouts_may_be_kept(device: torch.device) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and not torch.cuda.is_current_stream_capturing())

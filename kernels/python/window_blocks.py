@@ -17,24 +17,26 @@ BLOCK_STEP = 16
 
 
 class WindowOperands(NamedTuple):
-    """Block layout of one call, M = n * Z; keys and values of the previous block come first (J = C or 2 C).
+    """Block layout of one call, M = Z * n; keys and values of the previous block come first (J = C or 2 C).
 
     Attributes:
         q: `[M, G * C, D]`.
         k: `[M, J, D]`.
         v: `[M, J, V]`.
-        excluded: bool `[M, 1, C, J]`, keys outside the window, invalid, or of another sequence.
+        bias: `[B | 1, 1, n, 1, C, J]`, -inf for keys outside the window, invalid, or of another sequence, else 0.
         scale: factor of the logits.
         softcap: bound of the logits or None.
+        batch: B.
         acc: dtype of logits and sums.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    excluded: Tensor
+    bias: Tensor
     scale: float
     softcap: float | None
+    batch: int
     acc: torch.dtype
 
 
@@ -67,22 +69,29 @@ def window_operands(
         softcap: bound of the logits or None.
     """
     dtype, acc = chunk_operand_dtype(q), torch.float64 if q.dtype == torch.float64 else torch.float32
-    counts = torch.ones((), dtype=torch.bool, device=q.device) if key_is_valid is None else key_is_valid[..., None]
-    key_count = layout.to_chunks(counts.expand(k.shape[:3])[..., None], acc)
-    block = layout.chunk
-    own = torch.arange(block, device=q.device)
-    keys = own if layout.num_chunks == 1 else torch.arange(-block, block, device=q.device)
+    block, device = layout.chunk, q.device
+    own = torch.arange(block, device=device)
+    keys = own if layout.num_chunks == 1 else torch.arange(-block, block, device=device)
     inside = (keys <= own[:, None]) & (keys > own[:, None] - window)
-    counted = _with_previous_block(layout, key_count)[:, None, None, :, 0] > 0
-    # A query always sees itself: rows without a token stay finite.
-    excluded = ~(inside & counted | (keys == own[:, None]))
+    # The first block of a sequence has none before it. Rows behind a sequence's end are later than all its tokens.
+    seen = inside & ((keys >= 0) | ~layout.is_first[:, None])[:, None]
+    seen = seen.view(1, 1, layout.num_chunks, 1, block, -1)
+    if key_is_valid is not None:
+        valid = layout.to_chunks(key_is_valid[..., None, None].expand(*k.shape[:3], 1), acc)
+        valid = _with_previous_block(layout, valid) > 0
+        valid = valid.view(layout.batch, layout.num_kv_heads, layout.num_chunks, 1, 1, -1)[:, :1]
+        # A query always sees itself: rows of invalid keys stay finite.
+        seen = seen & valid | (keys == own[:, None])
+    # 0 and -inf are exact in bfloat16.
+    bias = torch.zeros(seen.shape, dtype=torch.bfloat16, device=device).masked_fill_(~seen, float("-inf"))
     return WindowOperands(
         layout.to_chunks(q, dtype),
         _with_previous_block(layout, layout.to_chunks(k, dtype)),
         _with_previous_block(layout, layout.to_chunks(v, dtype)),
-        excluded,
+        bias,
         scale,
         softcap,
+        layout.batch,
         acc,
     )
 
@@ -127,22 +136,22 @@ def window_block_backward(
 
 def _window_logits(x: WindowOperands, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """Masked logits, and the soft cap's slope where asked and capped."""
-    logits = chunk_matmul(x.q, x.k.transpose(1, 2), x.acc).mul_(x.scale)
-    slope = None
+    logits = chunk_matmul(x.q, x.k.transpose(1, 2), x.acc)
+    factor, slope = x.scale, None
     if x.softcap is not None:
-        logits.div_(x.softcap).tanh_()
-        slope = 1 - logits.square() if with_slope else None
-        logits.mul_(x.softcap)
-    by_group = logits.view(len(logits), -1, *x.excluded.shape[2:])
-    by_group.masked_fill_(x.excluded, float("-inf"))
-    return logits, slope
+        logits.mul_(x.scale / x.softcap).tanh_()
+        factor, slope = x.softcap, 1 - logits.square() if with_slope else None
+    chunks, _, block, keys = x.bias.shape[2:]
+    by_head = logits.view(x.batch, -1, chunks, logits.shape[1] // block, block, keys)
+    # One pass for factor and mask.
+    return torch.add(x.bias, by_head, alpha=factor).view_as(logits), slope
 
 
 def _with_previous_block(layout: DenseChunks | PackedChunks, x: Tensor) -> Tensor:
     """`[M, C, dim]` -> `[M, 2 C, dim]`; a lone block has no predecessor and stays as it is."""
     if layout.num_chunks == 1:
         return x
-    previous = layout.incoming(x.unflatten(0, (layout.num_chunks, -1)), None).flatten(0, 1)
+    previous = layout.incoming(x.unflatten(0, (-1, layout.num_chunks)), None).flatten(0, 1)
     return torch.cat([previous, x], 1)
 
 
@@ -150,7 +159,7 @@ def _onto_own_block(layout: DenseChunks | PackedChunks, dx: Tensor) -> Tensor:
     """Adds what the next block found out about this one: inverse of `_with_previous_block` for gradients."""
     if layout.num_chunks == 1:
         return dx
-    before, own = dx.unflatten(0, (layout.num_chunks, -1)).chunk(2, 2)
+    before, own = dx.unflatten(0, (-1, layout.num_chunks)).chunk(2, 2)
     return (own + layout.incoming(before, None, reverse=True)).flatten(0, 1)
 
 

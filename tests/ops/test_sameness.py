@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
 from op_inputs import OpCase, call_op, empty_state, float64_truth, make_inputs, packed, run_op
+from torch.utils.checkpoint import checkpoint
 
 from hf_linattn.kernels import linear_attention_step, window_linear_attention_step
 
@@ -43,6 +44,18 @@ def test_packed_is_a_loop_over_sequences(case, backend, state):
             same = together[name] if name == "final.slot" else together[name][n : n + 1]
             assert_close(name, same, x, case.dtype)
         start += length
+
+
+@BOTH
+def test_boundaries_changed_in_place_are_noticed(case):
+    case = packed((30, 120), window=case.window)
+    inputs = make_inputs(case)
+    before = call_op(case, inputs, "chunked")[0]
+    inputs["cu_seqlens"][1] = 70
+    expected = float64_truth(case, inputs, with_grad=False)["o"]
+    after = call_op(case, inputs, "chunked")[0]
+    assert_close("o", after, expected, case.dtype)
+    assert not torch.equal(before, after)
 
 
 @BOTH
@@ -160,6 +173,19 @@ def test_two_runs_are_bit_equal(case, dtype):
     inputs = make_inputs(case)
     first, second = (run_op(case, inputs, "chunked") for _ in range(2))
     assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+@BOTH
+def test_activation_checkpointing_gives_the_same_gradients(case):
+    inputs = make_inputs(case)
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
+
+    def forward(q, k, v):
+        return call_op(case, inputs | {"q": q, "k": k, "v": v}, "chunked")[0]
+
+    plain = torch.autograd.grad(forward(*leaves).square().sum(), leaves)
+    recomputed = torch.autograd.grad(checkpoint(forward, *leaves, use_reentrant=False).square().sum(), leaves)
+    assert all(torch.equal(x, y) for x, y in zip(plain, recomputed, strict=True))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

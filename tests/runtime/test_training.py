@@ -79,7 +79,9 @@ def test_packed_rows_equal_separate_documents(model):
 
 def test_lora_trains_saves_and_merges(model, tmp_path):
     model.save_pretrained(tmp_path / "base")
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["linear_attention"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["linear_attention"], task_type="CAUSAL_LM"
+    )
     peft_model = get_peft_model(model, config).train()
     trained = [n for n, p in peft_model.named_parameters() if p.requires_grad]
     assert any(".linear_attention.modules_to_save." in n for n in trained)
@@ -117,7 +119,9 @@ def test_trainer_unchanged(model, tmp_path):
     assert losses[-1] < losses[0]
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
     with torch.no_grad():
-        assert torch.equal(reloaded(ids(), use_cache=False).logits, trainer.model.eval()(ids(), use_cache=False).logits)
+        assert torch.equal(
+            reloaded(ids(), use_cache=False).logits, trainer.model.eval()(ids(), use_cache=False).logits
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])

@@ -1,0 +1,108 @@
+"""The evaluation behind `convert`, `eval` and `bench`: which models, which text, where the report goes.
+
+Part of the command line, so that it may see conversion and evals; imported by its commands.
+"""
+
+import datetime
+import json
+import logging
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from hf_linattn.info import check_device, device_name, model_facts
+from hf_linattn.loading import load_model
+from hf_linattn.sample_text import write_sample_text
+
+logger = logging.getLogger(__name__)
+RESULTS_NAME, TEXT_LENGTH = "evaluation", 8192
+
+
+def check_evaluation_input(tasks, task_data: Path | None, text: Path | None) -> None:
+    """Find out before a conversion, not after it, that its evaluation cannot run."""
+    from hf_linattn.evals.task_data import leaf_tasks, write_local_tasks
+    from hf_linattn.evals.text_files import read_documents
+
+    if text is not None:
+        read_documents(text)
+    for name in tasks:
+        leaf_tasks(name)
+    if task_data is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_local_tasks(task_data, tasks, folder)
+
+
+def score(
+    folder: str, teacher: str | None, settings: dict, *, report: Path | None, text: Path | None, device: str | None
+) -> None:
+    """Score `folder`, print the table and write the report.
+
+    Args:
+        folder (`str`): converted model, folder or Hub id.
+        teacher (`str`, *optional*): the model before conversion.
+        settings (`dict`): further arguments of `evals.run.evaluate`; lengths beyond the model's positions are dropped.
+        report (`Path`, *optional*): folder for JSON, Markdown and plots; a model card in it gets them as well.
+        text (`Path`, *optional*): for perplexity by position; None takes `sample_text`.
+        device (`str`, *optional*): None takes the accelerator, else the CPU.
+    """
+    from hf_linattn.evals.report import print_results
+    from hf_linattn.evals.run import evaluate as run_evaluation
+
+    facts = model_facts(folder)
+    variants = ("teacher", "student", "window_only") if facts.attention["window"] else ("teacher", "student")
+    text_length = min(settings.get("text_length", TEXT_LENGTH), facts.max_positions)
+    lengths = [n for n in settings["recall_lengths"] if n <= facts.max_positions]
+
+    def progress(part: str, done: int, total: int) -> None:
+        logger.info("evaluation: %d of %d, %s", done, total, part)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        results = run_evaluation(
+            lambda: load_model(folder, dtype=facts.dtype)[0],
+            AutoTokenizer.from_pretrained(folder),
+            teacher=None if teacher is None else lambda: load_model(teacher, dtype=facts.dtype)[0],
+            variants=variants,
+            **settings | {"text_length": text_length, "recall_lengths": lengths},
+            text=text or write_sample_text(temporary, text_length),
+            device=check_device(device),
+            command=shlex.join(["hf-linattn", *sys.argv[1:]]),
+            output=None if report is None else report / f"{RESULTS_NAME}.json",
+            progress=progress,
+        )
+    print_results(results)
+    if report is not None:
+        _write_report(report, results)
+
+
+def write_bench(output: Path, device, rows: list[dict]) -> None:
+    """The results file of a device, in the form in which evals/results/kernels keeps them."""
+    from hf_linattn.evals.bench import copy_bandwidth
+    from hf_linattn.evals.results_file import write_results
+    from hf_linattn.evals.run import _commit
+
+    facts = {
+        "device": device_name(device),
+        "copy_gbs": round(copy_bandwidth(device) / 1e9, 1),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["hf-linattn", *sys.argv[1:]]),
+        "rows": rows,
+    }
+    write_results(output, facts)
+
+
+def _write_report(folder: Path, results: dict) -> None:
+    from hf_linattn.conversion.model_card import write_model_card
+    from hf_linattn.evals.report import results_table, write_report
+
+    table, plot = write_report(results, folder, RESULTS_NAME)
+    summary = folder / "conversion.json"
+    if summary.is_file():
+        values = json.loads(summary.read_text(encoding="utf-8"))
+        write_model_card(folder, values, results, results_table(results), (plot.name,))
+    logger.info("wrote %s, %s and %s", folder / f"{RESULTS_NAME}.json", table, plot)

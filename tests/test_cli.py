@@ -1,0 +1,415 @@
+"""The command line: what each command does; bad input ends as a message and exit code 1 and leaves the disk alone."""
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+import yaml
+from tiny_models import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import hf_linattn
+from hf_linattn.cli import app
+from hf_linattn.conversion.config import recipe_names
+
+# A conversion of the tiny model in a few seconds.
+SETTINGS = {
+    "dtype": "float32",
+    "attention.window": 16,
+    "transfer.tokens": 256,
+    "transfer.sequence_length": 64,
+    "distillation.tokens": 256,
+    "distillation.sequence_length": 64,
+    "evaluation.tasks": "[]",
+    "evaluation.recall_lengths": "[300]",
+    "evaluation.recall_trials": 1,
+    "evaluation.perplexity_length": 320,
+}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test of this file may wait for a network that is not there."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    yield
+    logging.getLogger("hf_linattn").setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a softmax model."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "train.txt"
+    path.write_text("\n\n".join(f"The fox number {i} jumps over {i * 7} lazy dogs." for i in range(200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, base, text):
+    """A folder that `convert` wrote, and what it printed."""
+    output = tmp_path_factory.mktemp("converted") / "out"
+    return SimpleNamespace(folder=output, result=convert(base, output, text))
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def overrides(**changed):
+    settings = SETTINGS | {name.replace("__", "."): value for name, value in changed.items()}
+    return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+
+
+def convert(model, output, data, *options, **changed):
+    return run("convert", model, "-o", output, "--recipe", "quick", "--data", data, *overrides(**changed), *options)
+
+
+def assert_refused(result, *words):
+    """Exit code 1, the words in one message on stderr, no traceback."""
+    assert result.exit_code == 1, result.output
+    # CliRunner keeps the exception of a bug; a message ends as SystemExit.
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "Traceback" not in result.output
+    messages = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1, result.stderr
+    for word in words:
+        assert str(word) in messages[0]
+
+
+def left_behind(folder):
+    """Every file and folder in `folder` but the runs that --resume continues."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".run")
+
+
+def test_convert_writes_a_scored_folder_that_reloads(converted):
+    assert converted.result.exit_code == 0, converted.result.output
+    for label in ("teacher", "student", "window only", "perplexity", "passkey"):
+        assert label in converted.result.stdout
+    card = (converted.folder / "README.md").read_text()
+    assert "perplexity at" in card
+    assert "evaluation.png" in card
+    results = json.loads((converted.folder / "evaluation.json").read_text())
+    assert set(results["ppl_by_position"]) == {"teacher", "student", "window_only"}
+    assert results["recipe"] == "quick"
+    assert (converted.folder / "evaluation.png").stat().st_size > 0
+    model = AutoModelForCausalLM.from_pretrained(converted.folder)
+    assert sorted(hf_linattn.linear_attention_modules(model)) == [1, 2, 3]
+    assert left_behind(converted.folder.parent) == ["out"]
+
+
+def test_convert_does_not_replace_a_folder_unasked(converted, base, text):
+    before = (converted.folder / "conversion.json").read_bytes()
+    assert_refused(convert(base, converted.folder, text, "--no-eval"), converted.folder, "--overwrite")
+    assert (converted.folder / "conversion.json").read_bytes() == before
+
+
+def test_dry_run_prints_a_recipe_that_loads_and_writes_nothing(base, tmp_path):
+    output = tmp_path / "out"
+    result = run(
+        "convert", base, "-o", output, "--set", "attention.window=32", "--seed", 7, "--dry-run", "--device=cpu"
+    )
+    assert result.exit_code == 0, result.output
+    recipe = yaml.safe_load(result.stdout)
+    assert (recipe["attention"]["window"], recipe["seed"]) == (32, 7)
+    again = tmp_path / "again.yaml"
+    again.write_text(result.stdout)
+    assert run("convert", base, "-o", output, "--recipe", again, "--dry-run").exit_code == 0
+    assert not output.exists()
+
+
+def test_finetune_then_eval_and_info(converted, text, tmp_path):
+    tuned = tmp_path / "tuned"
+    budget = ["--set", "tokens=128", "--set", "sequence_length=64", "--set", "batch_size=1", "--set", "dtype=float32"]
+    result = run("finetune", converted.folder, "-o", tuned, "--data", text, *budget)
+    assert result.exit_code == 0, result.output
+    assert hf_linattn.linear_attention_modules(AutoModelForCausalLM.from_pretrained(tuned))
+
+    report = tmp_path / "report"
+    scope = ("--tasks", "none", "--recall-lengths", "300", "--text", text)
+    result = run("eval", tuned, *scope, "-o", report)
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert set(results["ppl_by_position"]) == {"student", "window_only"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        f"evaluation.{x}" for x in ("json", "md", "png")
+    }
+
+    result = run("info", tuned)
+    assert result.exit_code == 0, result.output
+    assert "chunked" in result.stdout
+    assert "softmax layers      0" in result.stdout
+
+
+def test_info_counts_the_bytes_of_a_real_state(converted):
+    """The state that `info` announces is the one that a forward leaves in the cache."""
+    from hf_linattn.info import model_facts
+
+    model = AutoModelForCausalLM.from_pretrained(converted.folder)
+    cache = model(torch.arange(40).unsqueeze(0), use_cache=True).past_key_values
+    states = [cache.layers[i].state for i in hf_linattn.linear_attention_modules(model)]
+    held = sum(tensor.nbytes for state in states for tensor in state if tensor is not None)
+    facts = model_facts(converted.folder)
+    assert facts.state_bytes == held
+    assert facts.softmax_layers == (0,)
+    keys, values = cache.layers[0].keys, cache.layers[0].values
+    assert facts.softmax_kv_bytes_per_token == (keys.nbytes + values.nbytes) / 40
+    assert facts.break_even_length == -(-held // facts.kv_bytes_per_token)
+
+
+def test_generate_prints_the_greedy_continuation(converted):
+    result = run("generate", converted.folder, "The fox", "--max-new-tokens", 8)
+    assert result.exit_code == 0, result.output
+    tokenizer = transformers.AutoTokenizer.from_pretrained(converted.folder)
+    model = AutoModelForCausalLM.from_pretrained(converted.folder)
+    inputs = tokenizer("The fox", return_tensors="pt")
+    expected = tokenizer.decode(
+        model.generate(**inputs, max_new_tokens=8, do_sample=False)[0], skip_special_tokens=True
+    )
+    assert result.stdout.strip() == expected.strip()
+
+
+def test_bench_writes_a_results_file(tmp_path):
+    result = run("bench", "--device", "cpu", "--shape", "1,2,64,16", "--runs", 1, "-o", tmp_path / "bench.json")
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert {"device", "copy_gbs", "torch", "commit", "date", "rows"} <= set(written)
+    assert {row["N"] for row in written["rows"]} == {64}
+
+
+def test_recipes_are_listed_and_shown():
+    listed = run("recipes").stdout
+    for name in recipe_names():
+        assert name in listed
+    assert yaml.safe_load(run("recipes", "quick").stdout)["data"]["train"] == "self"
+    assert_refused(run("recipes", "quik"), "quik", "'quick'")
+
+
+class RecordingApi:
+    """Stands for huggingface_hub.HfApi."""
+
+    calls: list = []
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create_repo", repo_id, options))
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload_folder", options))
+        return SimpleNamespace(repo_url=f"https://huggingface.co/{options['repo_id']}")
+
+
+def test_push_uploads_the_folder_as_it_is(converted, monkeypatch):
+    monkeypatch.setattr(RecordingApi, "calls", [])
+    monkeypatch.setattr(huggingface_hub, "HfApi", RecordingApi)
+    card = (converted.folder / "README.md").read_bytes()
+    result = run("push", converted.folder, "user/model", "--private")
+    assert result.exit_code == 0, result.output
+    created, uploaded = RecordingApi.calls
+    assert created == ("create_repo", "user/model", {"private": True, "exist_ok": True})
+    assert uploaded[1]["folder_path"] == converted.folder
+    assert "https://huggingface.co/user/model" in result.stdout
+    assert (converted.folder / "README.md").read_bytes() == card
+
+
+def test_push_refuses_what_is_no_converted_model(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(RecordingApi, "calls", [])
+    monkeypatch.setattr(huggingface_hub, "HfApi", RecordingApi)
+    assert_refused(run("push", tmp_path / "absent", "user/model"), "absent")
+    assert_refused(run("push", base, "user/model"), base, "hf-linattn convert")
+    assert RecordingApi.calls == []
+
+
+# Bad input: each a message, exit code 1, nothing half-written ------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["no-such-owner/no-such-model", "./no/such/folder", "absent.gguf"])
+def test_missing_model(model, text, tmp_path):
+    assert_refused(convert(model, tmp_path / "out", text), model)
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gptj"])
+def test_model_of_an_unsupported_type(model_type, text, tmp_path):
+    sizes = {"vocab_size": 128, "hidden_size": 32, "n_embd": 32, "n_head": 2, "n_layer": 2, "rotary_dim": 8}
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    tiny_tokenizer(model)
+    assert_refused(convert(model, tmp_path / "out", text), model_type)
+    assert left_behind(tmp_path) == ["model"]
+
+
+def test_misspelt_key_of_a_recipe(base, text, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("transfer: {lerning_rate: 0.1}\n")
+    result = run("convert", base, "-o", tmp_path / "out", "--recipe", recipe, "--data", text)
+    assert_refused(result, "mine.yaml", "lerning_rate", "learning_rate")
+    assert_refused(convert(base, tmp_path / "out", text, atention__window=8), "atention", "attention")
+    assert left_behind(tmp_path) == ["mine.yaml"]
+
+
+def test_truncated_safetensors(base, text, tmp_path):
+    model = tmp_path / "model"
+    tiny_model("llama").save_pretrained(model)
+    tiny_tokenizer(model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert_refused(convert(model, tmp_path / "out", text), model, "safetensors")
+    assert_refused(run("generate", model, "The"), model, "safetensors")
+    assert left_behind(tmp_path) == ["model"]
+
+
+def test_full_disk_while_saving(base, text, tmp_path, monkeypatch):
+    """An earlier result survives; the run stays, so that --resume finishes it."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "earlier").write_text("result")
+
+    def full(self, folder, **options):
+        (folder / "config.json").write_text("{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+        result = convert(base, output, text, "--overwrite", "--no-eval")
+    assert_refused(result, output, "--resume")
+    assert left_behind(tmp_path) == ["out"]
+    assert left_behind(output) == ["earlier"]
+
+    result = convert(base, output, text, "--overwrite", "--resume", "--no-eval")
+    assert result.exit_code == 0, result.output
+    assert "attention_transfer: step" not in result.output
+    AutoModelForCausalLM.from_pretrained(output)
+
+
+def test_data_file_without_text(base, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"body": "no such column"}\n')
+    assert_refused(convert(base, tmp_path / "out", data), data, "text", "body")
+    assert_refused(convert(base, tmp_path / "out", tmp_path / "absent.txt"), "absent.txt")
+    assert left_behind(tmp_path) == ["data.jsonl"]
+
+
+def test_rows_longer_than_the_models_positions(base, text, tmp_path):
+    assert_refused(convert(base, tmp_path / "out", text, transfer__sequence_length=1024), "1024", "512")
+    assert left_behind(tmp_path) == []
+
+
+def test_loss_that_is_nan(base, text, tmp_path):
+    result = convert(base, tmp_path / "out", text, distillation__learning_rate="1e30", distillation__clip="1e30")
+    assert_refused(result, "loss", "learning_rate")
+    assert left_behind(tmp_path) == []
+
+
+def test_evaluation_input_is_checked_before_the_conversion(base, text, tmp_path):
+    output = tmp_path / "out"
+    assert_refused(convert(base, output, text, evaluation__tasks="[piqqa]"), "piqqa", "piqa")
+    assert_refused(convert(base, output, text, "--text", tmp_path / "absent.txt"), "absent.txt")
+    result = convert(base, output, text, "--task-data", tmp_path / "tasks", evaluation__tasks="[piqa]")
+    assert_refused(result, tmp_path / "tasks")
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "--shape", "1,2"], ["--shape", "1,2"]),
+        (["bench", "--dtype", "int8"], ["--dtype", "int8"]),
+        (["info", "--device", "nowhere"], ["--device", "nowhere"]),
+        (["info", "./absent"], ["./absent"]),
+        (["eval", "./absent", "--tasks", "none"], ["./absent"]),
+        (["eval", "./absent", "--resume"], ["--resume", "-o"]),
+        (["finetune", "./absent", "-o", "./out", "--data", "./absent.txt"], ["absent"]),
+        (["convert", "-o", "./out"], ["MODEL"]),
+    ],
+    ids=lambda value: "-".join(value).replace("/", "") if isinstance(value, list) else None,
+)
+def test_wrong_argument(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run(*arguments), *words)
+    assert left_behind(tmp_path) == []
+
+
+def test_forced_backend_that_cannot_run(monkeypatch):
+    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
+    assert_refused(run("info", "--device", "cpu"), "HF_LINATTN_BACKEND", "cuda")
+
+
+def test_debug_shows_the_traceback():
+    result = run("--debug", "info", "./absent")
+    assert isinstance(result.exception, hf_linattn.errors.UserError)
+
+
+def test_ctrl_c_is_exit_code_130(monkeypatch):
+    def interrupted(names=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_linattn.conversion.config.recipe_names", interrupted)
+    assert run("recipes").exit_code == 130
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    """Only what a user can mend is turned into a message."""
+
+    def defect():
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("hf_linattn.conversion.config.recipe_names", defect)
+    assert isinstance(run("recipes").exception, ZeroDivisionError)
+
+
+# As processes ------------------------------------------------------------------------------------------------------
+
+
+def process(*arguments, **environment):
+    command = [sys.executable, *map(str, arguments)]
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=300)
+
+
+def test_module_runs_and_reports_errors_without_traceback(tmp_path):
+    result = process("-m", "hf_linattn", "info", tmp_path / "absent")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_only_the_first_process_of_a_launch_prints(converted, text, tmp_path):
+    budget = ["--set", "tokens=128", "--set", "sequence_length=32", "--set", "batch_size=1", "--set", "dtype=float32"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+    ]
+    arguments = ["finetune", converted.folder, "-o", tmp_path / "tuned", "--data", text, *budget]
+    result = process(*launch, "-m", "hf_linattn", *arguments, ACCELERATE_USE_CPU="true")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "tuned" / "config.json").is_file()
+    assert result.stderr.count(f"{tmp_path / 'tuned'} is complete") == 1
+
+
+def test_accelerate_launch(converted, text, tmp_path):
+    budget = ["--set", "tokens=64", "--set", "sequence_length=32", "--set", "batch_size=1", "--set", "dtype=float32"]
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=1", "-m", "hf_linattn"]
+    result = process(*launch, "finetune", converted.folder, "-o", tmp_path / "tuned", "--data", text, *budget)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "tuned" / "config.json").is_file()
