@@ -5,6 +5,8 @@ BUILD ?= build
 RECIPE ?= quick
 PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
+# A folder of <task>/<split>.parquet; without one the demo scores perplexity and recall only, for which it needs no network.
+TASK_DATA ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -39,7 +41,8 @@ $(MODEL)/.complete: | $(INSTALLED)
 	@touch $@
 
 demo: $(INSTALLED) $(MODEL)/.complete  ## convert SmolLM2-135M here, print its scores before and after, generate from the saved folder
-	$(BIN)/hf-linattn convert $(MODEL) -o $(OUT) --recipe $(RECIPE) --overwrite
+	$(BIN)/hf-linattn convert $(MODEL) -o $(OUT) --recipe $(RECIPE) --overwrite \
+	    $(if $(TASK_DATA),--task-data $(TASK_DATA),--set 'evaluation.tasks=[]')
 	$(BIN)/hf-linattn generate $(OUT) "$(PROMPT)" --max-new-tokens 40
 
 test: $(INSTALLED)  ## the whole suite on the CPU, without network
@@ -57,6 +60,7 @@ quality: $(INSTALLED)  ## check format and lint, change nothing
 	$(BIN)/ruff format --check .
 
 wheel: $(INSTALLED)  ## build the wheel into dist/
+	@rm -rf build/lib build/bdist.*
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## remove what make made, .venv included

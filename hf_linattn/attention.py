@@ -239,8 +239,8 @@ def linear_attention_forward(
     """
     if kwargs.get("cache") is not None:
         raise NotImplementedError(
-            "cache: a linear-attention layer has no paged key-value cache, so generate_batch() and continuous batching "
-            "cannot serve this model; use generate()"
+            "cache: a linear-attention layer has no paged key-value cache, so generate_batch() and continuous "
+            "batching cannot serve this model; use generate()"
         )
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError(

@@ -86,15 +86,15 @@ class LinearAttentionCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Undo the last `tokens_to_remove` tokens (given negative), which recorded forwards must have added.
 
         Raises:
-            RuntimeError: not recorded (`activate_past_recording`), or further back than the record: a sum cannot forget
-                what it does not remember separately.
+            RuntimeError: not recorded (`activate_past_recording`), or further back than the record: a sum cannot
+                forget what it does not remember separately.
         """
         remove = abs(int(tokens_to_remove))
         recorded = sum(forward.length for forward in self._history)
         if remove > recorded:
             raise RuntimeError(
                 f"crop: cannot remove {remove} tokens from a linear-attention state, of which the last {recorded} are "
-                "recorded; call cache.activate_past_recording() before the forwards to undo, or start from an empty cache"
+                "recorded; call cache.activate_past_recording() before the forwards to undo, or start anew"
             )
         self.seen -= remove
         while remove:
@@ -182,8 +182,8 @@ def convert_cache(cache: Cache, layer_indices: Iterable[int]) -> Cache:
         # A static layer that is not initialised reports 0 as an int; an initialised one is filled.
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
             raise ValueError(
-                f"past_key_values: layer {i} already holds softmax keys and values, which cannot become a linear-attention "
-                "state; start from an empty cache"
+                f"past_key_values: layer {i} already holds softmax keys and values, which cannot become a linear-"
+                "attention state; start from an empty cache"
             )
         cache.layers[i] = LinearAttentionCacheLayer(layer.max_cache_len if isinstance(layer, StaticLayer) else None)
     return cache

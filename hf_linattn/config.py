@@ -62,7 +62,7 @@ class LinearAttentionConfig:
         if self.window and not self.normalize:
             raise ValueError(
                 "normalize: a softmax window shares its denominator with the linear part, so normalize must be True "
-                f"when window > 0, got normalize={self.normalize!r} with window={self.window}; set window=0 or normalize=True"
+                f"when window > 0, got normalize={self.normalize!r} with window={self.window}; change one"
             )
         if isinstance(self.softmax_layers, (str, bytes)) or not hasattr(self.softmax_layers, "__iter__"):
             raise ValueError(f"softmax_layers: expected a list of layer indices, got {self.softmax_layers!r}")

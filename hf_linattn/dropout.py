@@ -3,8 +3,8 @@
 The N x N attention matrix never exists, so its entries cannot be dropped; the output is perturbed instead:
     mean_preserving:  o~ = o (1 + psi)            psi ~ N(0, p) per element: variance p, standard deviation sqrt(p)
     printed:          o~ = (1 - p) o (1 + psi)    as printed in the paper
-`mean_preserving` is the default: evaluation uses o unchanged, so a training-time mean of (1 - p) o would be a shift the
-next layer has to unlearn as p is annealed to 0.
+`mean_preserving` is the default: evaluation uses o unchanged, so a training-time mean of (1 - p) o would be a shift
+the next layer has to unlearn as p is annealed to 0.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Feature maps phi: q and k after RoPE -> features whose dot product stands for exp(scale q.k).
 
 Shapes: every map takes `[B, H, T, D]` (Transformers' layout) and gives `[B, H, T, F]` in float32. Its input is already
-multiplied by sqrt(scale), so that x_q . x_k is the softmax logit whatever scale a model uses (OPT, Granite and Gemma do
-not use D**-0.5). The map of k lives on the KV head. Per-head weights are stored 2-D, `[H * D, F]`, which sharding by
-rows keeps head by head.
+multiplied by sqrt(scale), so that x_q . x_k is the softmax logit whatever scale a model uses (OPT, Granite and
+Gemma do not use D**-0.5). The map of k lives on the KV head. Per-head weights are stored 2-D, `[H * D, F]`, which
+sharding by rows keeps head by head.
 """
 
 import inspect
@@ -166,7 +166,7 @@ class CosformerFeatureMap(FeatureMap):
 
 
 class TaylorFeatureMap(FeatureMap):
-    """1 + y.y' + (y.y')^2 / 2, the second-order expansion of exp, on a learned projection y = x W (Based, arXiv 2402.18668).
+    """1 + y.y' + (y.y')^2 / 2, exp to second order, on a learned projection y = x W (Based, arXiv 2402.18668).
 
     The quadratic part keeps each pair once: F = 1 + d + d (d + 1) / 2 for d = projection_dim.
 

@@ -30,7 +30,7 @@ class FixedDecay(nn.Module):
 
 
 class ScalarGate(nn.Module):
-    """Data-dependent decay per token and KV head: g = logsigmoid(x W + bias) / 16 (GLA, arXiv 2312.06635, one value a head).
+    """Data-dependent decay per token and KV head: g = logsigmoid(x W + bias) / 16 (GLA, arXiv 2312.06635, scalar).
 
     x are the layer's hidden states. Starts nearly open: a half-life of about 4,500 tokens for any x.
     """

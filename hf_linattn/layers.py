@@ -51,7 +51,7 @@ def stateful_layers(model: nn.Module) -> list[int]:
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Give every converted layer its `LinearAttention`, dispatch and cache hook, from `config.linear_attention_config`.
+    """Give every converted layer its `LinearAttention`, dispatch and cache hook; the form is in the config.
 
     Runs in the constructor of converted classes and in `linearize`.
     """
@@ -228,6 +228,6 @@ def probe_conversion(model: PreTrainedModel) -> None:
 def _refusal(model: PreTrainedModel, why: str) -> str:
     model_type = getattr(model.config, "base_model_type", None) or model.config.model_type
     return (
-        f"model: cannot convert a {model_type!r} model: {why}. Convertible models route every layer's attention through "
-        "Transformers' AttentionInterface, e.g. llama, mistral, qwen2, qwen3, gemma2, phi3, olmo2, gpt_neox, opt"
+        f"model: cannot convert a {model_type!r} model: {why}. Convertible models route every layer's attention "
+        "through Transformers' AttentionInterface, e.g. llama, mistral, qwen2, qwen3, gemma2, phi3, gpt_neox, opt"
     )

@@ -78,7 +78,7 @@ def _load_weights(name: str, dtype, options: dict) -> PreTrainedModel:
 
 
 def _load_gguf(name: str, dtype, options: dict) -> PreTrainedModel:
-    """Unpacked to dense weights, in a model whose config does not call them quantized: that one would refuse to save."""
+    """Unpacked to dense weights, in a model that does not count as quantized: such a one would refuse to save."""
     if hasattr(transformers, "GgufConfig"):
         options = options | {"quantization_config": transformers.GgufConfig(dequantize=True)}
     packed = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32, **options)

@@ -38,7 +38,8 @@ def linearize(model: PreTrainedModel, config: LinearAttentionConfig | dict, *, p
     Args:
         model (`PreTrainedModel`): a decoder with a language-model head, on any device and in any dtype.
         config (`LinearAttentionConfig` or `dict`): the attention form.
-        probe (`bool`, defaults to `True`): run a few tokens and check the result (`layers.probe_conversion`); skip it only for a model without memory for its weights (meta device).
+        probe (`bool`, defaults to `True`): run a few tokens and check the result (`layers.probe_conversion`); skip it
+            only for a model without memory for its weights (meta device).
 
     Returns:
         `model` itself, its class now e.g. `LinAttnLlamaForCausalLM`. Its feature maps are initialised, not trained.
@@ -61,8 +62,8 @@ def linearize(model: PreTrainedModel, config: LinearAttentionConfig | dict, *, p
     if not model._can_set_attn_implementation() or not attention_modules(model):
         raise ValueError(
             f"model: cannot convert a {base_type!r} model: it does not route its attention through Transformers' "
-            "AttentionInterface (as of this Transformers version neither do falcon, gptj and bloom). Convertible: llama, "
-            "mistral, qwen2, qwen3, gemma, phi, phi3, olmo2, granite, gpt_neox, gpt2, opt and others"
+            "AttentionInterface (as of now neither do falcon, gptj and bloom). Convertible: llama, mistral, "
+            "qwen2, qwen3, gemma, phi, phi3, olmo2, granite, gpt_neox, gpt2, opt and others"
         )
     config_class, model_class = converted_classes(base_type)
     with _restored_on_failure(model):
@@ -106,8 +107,8 @@ class ConvertedModelMixin:
         """As in Transformers, but strict.
 
         Raises:
-            ValueError: the weights lack a parameter, or have one this model does not. Transformers would initialise the
-                former at random and drop the latter: another model under the same name.
+            ValueError: the weights lack a parameter, or have one this model does not. Transformers would initialise
+                the former at random and drop the latter: another model under the same name.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -176,8 +177,8 @@ class LinAttnConfig(PreTrainedConfig):
         base_type = config_dict.get("base_model_type")
         if base_type not in CONFIG_MAPPING:
             raise ValueError(
-                f"config.json: base_model_type: expected a model type of this Transformers version, got {base_type!r}; "
-                "upgrade transformers, or convert the model again"
+                f"config.json: base_model_type: expected a model type of this Transformers version, got "
+                f"{base_type!r}; upgrade transformers, or convert the model again"
             )
         return converted_classes(base_type)[0].from_dict(config_dict, **kwargs)
 

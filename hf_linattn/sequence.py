@@ -39,7 +39,7 @@ def token_validity(attention_mask: Tensor | None, q_len: int, past: int) -> Tens
 
 
 class _LayoutMemo:
-    """The layout of the last forward: every layer of a model asks for the same one, and the answer costs a host sync."""
+    """The last forward's layout: every layer of a model asks for the same one, and the answer costs a host sync."""
 
     def __init__(self):
         self.refs, self.key, self.layout = (), None, None

@@ -55,7 +55,7 @@ def tiny_model(
     attention = {"attn_implementation": "eager"} if model_type == "gemma2" else {}
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
     with torch.no_grad():
-        # The default initialisation is so small that attention hardly matters; wrong attention must show in the logits.
+        # At its default size attention hardly matters; wrong attention must show in the logits.
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed" not in parameter_name and "wpe" not in parameter_name:
                 parameter.normal_(0, 0.25)

@@ -31,7 +31,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
 ids = torch.arange(3, 33).unsqueeze(0)
 with torch.no_grad():
     assert torch.equal(model(ids, use_cache=False).logits, torch.load(logits_file)), "logits differ"
-    print(type(model).__module__.split(".")[0], model.generate(ids, max_new_tokens=4, do_sample=False).tolist()[0][-4:])
+    tokens = model.generate(ids, max_new_tokens=4, do_sample=False).tolist()[0][-4:]
+    print(type(model).__module__.split(".")[0], tokens)
     if len(sys.argv) > 4:
         model.save_pretrained(sys.argv[4])
 """
