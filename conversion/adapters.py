@@ -14,24 +14,21 @@ from hf_linattn import attention_modules, linear_attention_modules
 from hf_linattn.conversion.config import TrainingConfig
 from hf_linattn.errors import UserError
 
-# Usual names of the attention projections, by the model type before conversion; others are found by structure.
-TARGET_MODULES = {
-    "gpt2": ("c_attn", "c_proj"),
-    "gpt_neox": ("query_key_value", "dense"),
-    "opt": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "phi": ("q_proj", "k_proj", "v_proj", "dense"),
-    "phi3": ("qkv_proj", "o_proj"),
-}
-
 
 def make_trainable(
-    model: PreTrainedModel, config: TrainingConfig, *, whole_model: bool = False, new_parameters: bool = True
+    model: PreTrainedModel,
+    config: TrainingConfig,
+    *,
+    seed: int = 0,
+    whole_model: bool = False,
+    new_parameters: bool = True,
 ) -> nn.Module:
     """Freeze `model` but for what `config` trains.
 
     Args:
         model (`PreTrainedModel`): converted.
         config (`TrainingConfig`): LoRA settings, or `full`.
+        seed (`int`): of LoRA's random start.
         whole_model (`bool`): with `full`, train every weight and not only the attention's.
         new_parameters (`bool`): train feature maps, `log_scale` and gates too.
 
@@ -48,23 +45,26 @@ def make_trainable(
         for module in trained:
             module.requires_grad_(True)
     else:
-        student = get_peft_model(
-            model,
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=_target_pattern(model, config.target_modules),
-                fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
-                task_type="CAUSAL_LM",
-            ),
-        )
+        student = _with_lora(model, config, seed)
     for module in linear_attention_modules(model).values():
         module.requires_grad_(new_parameters)
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return student
+
+
+def _with_lora(model: PreTrainedModel, config: TrainingConfig, seed: int) -> PeftModel:
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=_target_pattern(model, config.target_modules),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    return get_peft_model(model, settings)
 
 
 def merged(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
@@ -92,15 +92,22 @@ def _target_pattern(model: PreTrainedModel, names: tuple[str, ...] | None) -> st
 
     A bare name would not do: GPT-2's `c_proj` is in its MLP too.
     """
-    base_type = getattr(model.config, "base_model_type", model.config.model_type)
-    names = names or TARGET_MODULES.get(base_type)
     attention = {id(m) for m in attention_modules(model).values()}
     paths = []
     for path, module in model.named_modules():
         if id(module) in attention:
-            linear = [name for name, child in module.named_children() if isinstance(child, nn.Linear | Conv1D)]
+            linear = [name for name, child in module.named_children() if _is_linear(child)]
             paths += [f"{path}.{name}" for name in linear if names is None or name in names]
     if not paths:
-        raise UserError(f"target_modules: {names} are not linear layers of this model's attention ({base_type})")
+        found = {n for m in attention_modules(model).values() for n, c in m.named_children() if _is_linear(c)}
+        raise UserError(
+            f"target_modules: {list(names or ())} are not linear layers of this model's attention, which has "
+            f"{sorted(found)}"
+        )
     shapes = sorted({re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(path)) for path in paths})
     return "|".join(shapes)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Conv1D is GPT-2's linear layer.
+    return isinstance(module, nn.Linear | Conv1D)

@@ -117,7 +117,9 @@ def _train(accelerator, model, corpus, held_out, config, run: RunState, dtype, r
     def loss_of(prepared: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return distillation_loss(logits_of(prepared, batch, dtype), None, batch.targets, ce_weight=1.0)
 
-    student = make_trainable(model, config, whole_model=True, new_parameters=config.train_new_parameters)
+    student = make_trainable(
+        model, config, seed=config.seed, whole_model=True, new_parameters=config.train_new_parameters
+    )
     prepared = train(
         accelerator,
         student,

@@ -148,7 +148,7 @@ def distil(
     if settings.full:
         teacher, _ = load_model(source[0], dtype=dtype, device=accelerator.device, gguf_file=source[1])
         teacher.requires_grad_(False)
-    student = make_trainable(model, settings)
+    student = make_trainable(model, settings, seed=config.seed)
     prepared = logit_distillation.distill_logits(
         accelerator,
         student,

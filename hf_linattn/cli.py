@@ -146,6 +146,9 @@ def evaluate(
     recall_lengths: Annotated[
         str | None, typer.Option(help="Prompt lengths in tokens, comma separated; `none` skips recall.")
     ] = None,
+    variants: Annotated[
+        str | None, typer.Option(help="Which to score, of teacher,student,window_only; default: all there are.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per task, for trying things out.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass; changes no figure.", min=1)] = 8,
     output: Annotated[
@@ -169,6 +172,8 @@ def evaluate(
         "batch_size": batch_size,
         "reuse": resume,
     }
+    if variants is not None:
+        settings["variants"] = _read_list(variants)
     score(folder, teacher, settings, report=output, text=text, device=device)
 
 

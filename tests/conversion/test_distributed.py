@@ -33,14 +33,14 @@ def test_two_processes_are_one_with_twice_the_batch(model_folder, text_file, tmp
     whole = tiny_recipe(*options, "transfer.batch_size=4", "distillation.batch_size=4")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(halved.model_dump(mode="json")))
     (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = [model_folder, tmp_path / "two", text_file, tmp_path / "recipe.yaml"]
     finished = subprocess.run(
         [*launcher, str(tmp_path / "script.py"), *map(str, arguments)],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]

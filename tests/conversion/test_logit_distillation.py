@@ -21,7 +21,13 @@ def converted(name="llama", **options):
 
 
 def config(steps=12, **options):
-    values = {"tokens": steps * 4 * 64, "sequence_length": 64, "batch_size": 4, "learning_rate": 2e-3}
+    values = {
+        "tokens": steps * 4 * 64,
+        "sequence_length": 64,
+        "batch_size": 4,
+        "learning_rate": 5e-3,
+        "feature_map_learning_rate": 1e-2,
+    }
     return DistillationConfig(**values | options)
 
 
@@ -64,21 +70,22 @@ def test_what_trains_is_lora_on_attention_and_the_new_parameters(name):
     [
         {},
         {"gradient_checkpointing": True, "gradient_accumulation": 2, "attention_dropout": 0.05, "lora_dropout": 0.05},
-        {"full": True, "learning_rate": 1e-3},
+        {"full": True, "learning_rate": 2e-3},
         {"temperature": 2.0, "ce_weight": 0.0},
     ],
     ids=["lora", "checkpointing-accumulation-dropout", "full", "temperature"],
 )
 def test_distillation_lowers_the_divergence(accelerator, corpus, run, options):
     model = converted()
-    transfer_attention(accelerator, model, corpus, TransferConfig(tokens=2560, sequence_length=64, batch_size=4), run)
+    transfer_attention(accelerator, model, corpus, TransferConfig(tokens=512, sequence_length=64, batch_size=4), run)
     settings = config(24 * options.get("gradient_accumulation", 1), **options)
     teacher = tiny_model() if settings.full else None
     student = make_trainable(model, settings)
     before = divergence(accelerator, student, corpus, teacher)
     distill_logits(accelerator, student, corpus, settings, run, dtype=FP32, teacher=teacher)
     after = divergence(accelerator, student, corpus, teacher)
-    assert after["kl"] < 0.95 * before["kl"]
+    print(before, after)
+    assert after["kl"] < 0.9 * before["kl"]
     assert after["kl"] < after["window_only_kl"]
     assert after["teacher_ce"] == pytest.approx(before["teacher_ce"], rel=1e-6)
     records = [r for r in run.records() if r["stage"] == "logit_distillation"]
@@ -143,7 +150,7 @@ def test_nan_stops_the_run_before_it_harms_the_weights(accelerator, corpus, run)
 
 
 def test_unknown_target_modules_are_named():
-    with pytest.raises(UserError, match=r"target_modules: \('qq_proj',\) are not linear layers"):
+    with pytest.raises(UserError, match=r"target_modules: \['qq_proj'\] are not linear layers.*'k_proj', 'o_proj'"):
         make_trainable(converted(), config(target_modules=("qq_proj",)))
 
 
