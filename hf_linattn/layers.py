@@ -192,10 +192,9 @@ def probe_conversion(model: PreTrainedModel) -> None:
     modules = linear_attention_modules(model)
     calls: dict[int, int] = dict.fromkeys(modules, 0)
     hooks = [m.register_forward_pre_hook(lambda *_, i=i: calls.update({i: calls[i] + 1})) for i, m in modules.items()]
-    device = model.get_input_embeddings().weight.device
-    ids = torch.arange(PROBE_LENGTH, device=device).add(1).remainder(model.config.vocab_size).unsqueeze(0)
+    ids = _probe_tokens(model)
     changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 1) % model.config.vocab_size
+    changed[0, -1] = ids[0, 0]
     was_training = model.training
     model.eval()
     try:
@@ -215,14 +214,25 @@ def probe_conversion(model: PreTrainedModel) -> None:
         for hook in hooks:
             hook.remove()
         model.train(was_training)
-    tolerance = (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1) * teacher.abs().max()
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     if not torch.isfinite(logits).all():
         raise ValueError(_refusal(model, "the converted model gives NaN or infinite logits on a short prompt"))
-    if (leak := (logits[:-1] - other[:-1]).abs().max()) > tolerance:
-        raise ValueError(_refusal(model, f"a later token changes earlier logits by {leak:.2e}: it is not causal"))
-    if exact and (gap := (inside - teacher).abs().max()) > tolerance:
-        why = f"inside the window its logits differ by {gap:.2e}, so its attention is not softmax(scale q.k)"
+    if (leak := _relative_change(other[:-1], logits[:-1])) > tolerance:
+        raise ValueError(_refusal(model, f"a later token changes earlier logits by {leak:.1%}: it is not causal"))
+    if exact and (gap := _relative_change(inside, teacher)) > tolerance:
+        why = f"inside the window its logits differ by {gap:.1%}, so its attention is not softmax(scale q.k)"
         raise ValueError(_refusal(model, why))
+
+
+def _relative_change(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((logits - expected).norm() / expected.norm())
+
+
+def _probe_tokens(model: PreTrainedModel) -> torch.Tensor:
+    """`[1, PROBE_LENGTH]`, spread over the vocabulary: its first and last entries are special tokens, on whose huge
+    activations bf16 rounding alone moves logits by more than the probe allows."""
+    spread = torch.linspace(0, model.config.vocab_size - 1, PROBE_LENGTH + 2).long()[1:-1]
+    return spread.unsqueeze(0).to(model.get_input_embeddings().weight.device)
 
 
 def _refusal(model: PreTrainedModel, why: str) -> str:
