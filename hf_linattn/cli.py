@@ -6,6 +6,9 @@ the only module that sees conversion and evals. It imports them, torch and trans
 """
 
 import logging
+import os
+import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +50,13 @@ def options(
 ) -> None:
     """Convert pretrained Hugging Face decoders from softmax attention to linear attention."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("hf_linattn").setLevel(logging.INFO if IS_MAIN_PROCESS and not quiet else logging.ERROR)
+    talks = IS_MAIN_PROCESS and not quiet
+    logging.getLogger("hf_linattn").setLevel(logging.INFO if talks else logging.ERROR)
+    if not debug:
+        # Deprecations inside the libraries below are for us to mend, not for the user.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+    if not (talks and sys.stderr.isatty()):
+        _hide_progress_bars()
 
 
 @app.command()
@@ -193,6 +202,8 @@ def generate(
     from hf_linattn.info import check_device
     from hf_linattn.loading import load_model
 
+    # Said once at the first token, in the middle of the text; `info` tells as well.
+    logging.getLogger("hf_linattn.kernels").setLevel(logging.WARNING)
     model, tokenizer = load_model(folder, device=check_device(device))
     if seed is not None:
         set_seed(seed)
@@ -301,6 +312,15 @@ def recipes(
 def main() -> None:
     """Entry point of `hf-linattn`."""
     app()
+
+
+def _hide_progress_bars() -> None:
+    """In a log file every update of a bar would be a line."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if "transformers" in sys.modules:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def _pick_recipe(model: str | None, device: str | None) -> str:

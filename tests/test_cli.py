@@ -1,6 +1,5 @@
 """The command line: what each command does; bad input ends as a message and exit code 1 and leaves the disk alone."""
 
-import errno
 import json
 import logging
 import os
@@ -13,27 +12,11 @@ import pytest
 import torch
 import transformers
 import yaml
-from tiny_models import tiny_model, tiny_tokenizer
+from cli_runs import assert_refused, convert, left_behind, run, write_model, write_text
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import hf_linattn
-from hf_linattn.cli import app
 from hf_linattn.conversion.config import recipe_names
-
-# A conversion of the tiny model in a few seconds.
-SETTINGS = {
-    "dtype": "float32",
-    "attention.window": 16,
-    "transfer.tokens": 256,
-    "transfer.sequence_length": 64,
-    "distillation.tokens": 256,
-    "distillation.sequence_length": 64,
-    "evaluation.tasks": "[]",
-    "evaluation.recall_lengths": "[300]",
-    "evaluation.recall_trials": 1,
-    "evaluation.perplexity_length": 320,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -48,17 +31,12 @@ def offline(monkeypatch):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with a softmax model."""
-    folder = tmp_path_factory.mktemp("base") / "model"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text("\n\n".join(f"The fox number {i} jumps over {i * 7} lazy dogs." for i in range(200)))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "train.txt")
 
 
 @pytest.fixture(scope="module")
@@ -66,36 +44,6 @@ def converted(tmp_path_factory, base, text):
     """A folder that `convert` wrote, and what it printed."""
     output = tmp_path_factory.mktemp("converted") / "out"
     return SimpleNamespace(folder=output, result=convert(base, output, text))
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def overrides(**changed):
-    settings = SETTINGS | {name.replace("__", "."): value for name, value in changed.items()}
-    return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-
-
-def convert(model, output, data, *options, **changed):
-    return run("convert", model, "-o", output, "--recipe", "quick", "--data", data, *overrides(**changed), *options)
-
-
-def assert_refused(result, *words):
-    """Exit code 1, the words in one message on stderr, no traceback."""
-    assert result.exit_code == 1, result.output
-    # CliRunner keeps the exception of a bug; a message ends as SystemExit.
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert "Traceback" not in result.output
-    messages = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(messages) == 1, result.stderr
-    for word in words:
-        assert str(word) in messages[0]
-
-
-def left_behind(folder):
-    """Every file and folder in `folder` but the runs that --resume continues."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".run")
 
 
 def test_convert_writes_a_scored_folder_that_reloads(converted):
@@ -234,97 +182,6 @@ def test_push_refuses_what_is_no_converted_model(base, tmp_path, monkeypatch):
     assert_refused(run("push", tmp_path / "absent", "user/model"), "absent")
     assert_refused(run("push", base, "user/model"), base, "hf-linattn convert")
     assert RecordingApi.calls == []
-
-
-# Bad input: each a message, exit code 1, nothing half-written ------------------------------------------------------
-
-
-@pytest.mark.parametrize("model", ["no-such-owner/no-such-model", "./no/such/folder", "absent.gguf"])
-def test_missing_model(model, text, tmp_path):
-    assert_refused(convert(model, tmp_path / "out", text), model)
-    assert left_behind(tmp_path) == []
-
-
-@pytest.mark.parametrize("model_type", ["bloom", "gptj"])
-def test_model_of_an_unsupported_type(model_type, text, tmp_path):
-    sizes = {"vocab_size": 128, "hidden_size": 32, "n_embd": 32, "n_head": 2, "n_layer": 2, "rotary_dim": 8}
-    config = transformers.AutoConfig.for_model(model_type, **sizes)
-    model = tmp_path / "model"
-    AutoModelForCausalLM.from_config(config).save_pretrained(model)
-    tiny_tokenizer(model)
-    assert_refused(convert(model, tmp_path / "out", text), model_type)
-    assert left_behind(tmp_path) == ["model"]
-
-
-def test_misspelt_key_of_a_recipe(base, text, tmp_path):
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text("transfer: {lerning_rate: 0.1}\n")
-    result = run("convert", base, "-o", tmp_path / "out", "--recipe", recipe, "--data", text)
-    assert_refused(result, "mine.yaml", "lerning_rate", "learning_rate")
-    assert_refused(convert(base, tmp_path / "out", text, atention__window=8), "atention", "attention")
-    assert left_behind(tmp_path) == ["mine.yaml"]
-
-
-def test_truncated_safetensors(base, text, tmp_path):
-    model = tmp_path / "model"
-    tiny_model("llama").save_pretrained(model)
-    tiny_tokenizer(model)
-    weights = model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert_refused(convert(model, tmp_path / "out", text), model, "safetensors")
-    assert_refused(run("generate", model, "The"), model, "safetensors")
-    assert left_behind(tmp_path) == ["model"]
-
-
-def test_full_disk_while_saving(base, text, tmp_path, monkeypatch):
-    """An earlier result survives; the run stays, so that --resume finishes it."""
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "earlier").write_text("result")
-
-    def full(self, folder, **options):
-        (folder / "config.json").write_text("{")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
-        result = convert(base, output, text, "--overwrite", "--no-eval")
-    assert_refused(result, output, "--resume")
-    assert left_behind(tmp_path) == ["out"]
-    assert left_behind(output) == ["earlier"]
-
-    result = convert(base, output, text, "--overwrite", "--resume", "--no-eval")
-    assert result.exit_code == 0, result.output
-    assert "attention_transfer: step" not in result.output
-    AutoModelForCausalLM.from_pretrained(output)
-
-
-def test_data_file_without_text(base, tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"body": "no such column"}\n')
-    assert_refused(convert(base, tmp_path / "out", data), data, "text", "body")
-    assert_refused(convert(base, tmp_path / "out", tmp_path / "absent.txt"), "absent.txt")
-    assert left_behind(tmp_path) == ["data.jsonl"]
-
-
-def test_rows_longer_than_the_models_positions(base, text, tmp_path):
-    assert_refused(convert(base, tmp_path / "out", text, transfer__sequence_length=1024), "1024", "512")
-    assert left_behind(tmp_path) == []
-
-
-def test_loss_that_is_nan(base, text, tmp_path):
-    result = convert(base, tmp_path / "out", text, distillation__learning_rate="1e30", distillation__clip="1e30")
-    assert_refused(result, "loss", "learning_rate")
-    assert left_behind(tmp_path) == []
-
-
-def test_evaluation_input_is_checked_before_the_conversion(base, text, tmp_path):
-    output = tmp_path / "out"
-    assert_refused(convert(base, output, text, evaluation__tasks="[piqqa]"), "piqqa", "piqa")
-    assert_refused(convert(base, output, text, "--text", tmp_path / "absent.txt"), "absent.txt")
-    result = convert(base, output, text, "--task-data", tmp_path / "tasks", evaluation__tasks="[piqa]")
-    assert_refused(result, tmp_path / "tasks")
-    assert left_behind(tmp_path) == []
 
 
 @pytest.mark.parametrize(
