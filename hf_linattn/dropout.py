@@ -5,6 +5,9 @@ The N x N attention matrix never exists, so its entries cannot be dropped; the o
     printed:          o~ = (1 - p) o (1 + psi)    as printed in the paper
 `mean_preserving` is the default: evaluation uses o unchanged, so a training-time mean of (1 - p) o would be a shift
 the next layer has to unlearn as p is annealed to 0.
+
+The paper anneals p to 0 over training: `distillation.attention_dropout` of a recipe does, and
+`hf_linattn.trainer_callback` does it for transformers.Trainer.
 """
 
 import math
@@ -35,10 +38,3 @@ class AttentionDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, form={self.form}"
-
-
-def annealed_dropout(p: float, step: int, num_steps: int) -> float:
-    """p at `step` of `num_steps`: linear from p to 0, so that training ends on the function evaluation uses."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
-    return p * max(0.0, 1.0 - step / num_steps)

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 from hf_linattn import LinearAttentionConfig, linear_attention_modules, linearize, set_attention_dropout
-from hf_linattn.dropout import AttentionDropout, annealed_dropout
+from hf_linattn.dropout import AttentionDropout
 from hf_linattn.gates import FixedDecay, ScalarGate
 
 
@@ -33,16 +33,6 @@ def test_model_dropout_is_used_when_none_is_configured():
     assert AttentionDropout(None, "printed").train()(o, 0.0) is o
     assert not torch.equal(AttentionDropout(None, "printed").train()(o, 0.3), o)
     assert AttentionDropout(0.0, "printed").train()(o, 0.3) is o
-
-
-def test_schedule_anneals_to_zero():
-    values = [annealed_dropout(0.2, step, 10) for step in range(12)]
-    assert values[0] == 0.2
-    assert values[5] == pytest.approx(0.1)
-    assert values[10] == values[11] == 0.0
-    assert values == sorted(values, reverse=True)
-    with pytest.raises(ValueError, match="num_steps: expected at least 1, got 0"):
-        annealed_dropout(0.1, 0, 0)
 
 
 def test_in_a_model_training_is_noisy_and_evaluation_exact():

@@ -8,6 +8,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_linattn import LinearAttentionConfig, linear_attention_modules, linearize, set_attention_dropout
+from hf_linattn.trainer_callback import AttentionDropoutSchedule
 
 FORMS = {
     "window": LinearAttentionConfig(window=4, decay="scalar"),
@@ -122,6 +123,20 @@ def test_trainer_unchanged(model, tmp_path):
         assert torch.equal(
             reloaded(ids(), use_cache=False).logits, trainer.model.eval()(ids(), use_cache=False).logits
         )
+
+
+def test_dropout_schedule_under_trainer(model, tmp_path):
+    seen = []
+    module = next(iter(linear_attention_modules(model).values()))
+    module.register_forward_pre_hook(lambda *_: seen.append(module.dropout.p))
+    data = Dataset.from_dict({"input_ids": ids(16, 20).tolist(), "labels": ids(16, 20).tolist()})
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    Trainer(model, arguments, train_dataset=data, callbacks=[AttentionDropoutSchedule(0.2)]).train()
+    assert seen == pytest.approx([0.2, 0.15, 0.1, 0.05])
+    with pytest.raises(ValueError, match=r"p: expected a number in \[0, 1\), got 2"):
+        AttentionDropoutSchedule(2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
