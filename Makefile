@@ -6,7 +6,6 @@ RECIPE ?= quick
 PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
 # A folder of <task>/<split>.parquet; without one the demo scores perplexity and recall only, for which it needs no network.
-TASK_DATA ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -42,8 +41,7 @@ $(MODEL)/.complete: | $(INSTALLED)
 
 # Threads that spin while they wait for each other take many times as long on a machine that does other work as well.
 demo: $(INSTALLED) $(MODEL)/.complete  ## convert SmolLM2-135M here, print its scores before and after, generate from the saved folder
-	OMP_WAIT_POLICY=passive $(BIN)/hf-linattn convert $(MODEL) -o $(OUT) --recipe $(RECIPE) --overwrite \
-	    $(if $(TASK_DATA),--task-data $(TASK_DATA),--set 'evaluation.tasks=[]')
+	OMP_WAIT_POLICY=passive $(BIN)/hf-linattn convert $(MODEL) -o $(OUT) --recipe $(RECIPE) --overwrite
 	$(BIN)/hf-linattn generate $(OUT) "$(PROMPT)" --max-new-tokens 40
 
 test: $(INSTALLED)  ## the whole suite on the CPU, without network

@@ -79,29 +79,29 @@ def finetune(
         logger.info("%s is complete already", output)
         return summary
     check_output(output, overwrite=overwrite, source=folder)
-    run = open_run(output, identity, accelerator, resume=resume, overwrite=overwrite)
-    dtype = choose_dtype(config.dtype, accelerator.device)
-    row_length = max(config.sequence_length, config.long_sequence_length or 0)
-    with repeatable(config.deterministic):
-        model, tokenizer = load_converted(folder, dtype, accelerator.device)
-        check_row_length(model, row_length)
-        check_disk_space(output, model)
-        corpus, held_out = open_corpus(
-            accelerator,
-            run,
-            config.data,
-            model,
-            tokenizer,
-            tokens=config.tokens,
-            row_length=row_length,
-            seed=config.seed,
-        )
-        model = _train(accelerator, model, corpus, held_out, config, run, dtype, row_length, folder)
-    summary = summarize(output.name, run, identity, model, accelerator, config) | _origin(folder)
-    if accelerator.is_main_process:
-        write_folder(output, lambda temporary: fill_folder(temporary, model, tokenizer, config, run, summary))
-    accelerator.wait_for_everyone()
-    run.remove()
+    with open_run(output, identity, accelerator, resume=resume, overwrite=overwrite) as run:
+        dtype = choose_dtype(config.dtype, accelerator.device)
+        row_length = max(config.sequence_length, config.long_sequence_length or 0)
+        with repeatable(config.deterministic):
+            model, tokenizer = load_converted(folder, dtype, accelerator.device)
+            check_row_length(model, row_length)
+            check_disk_space(output, model)
+            corpus, held_out = open_corpus(
+                accelerator,
+                run,
+                config.data,
+                model,
+                tokenizer,
+                tokens=config.tokens,
+                row_length=row_length,
+                seed=config.seed,
+            )
+            model = _train(accelerator, model, corpus, held_out, config, run, dtype, row_length, folder)
+        summary = summarize(output.name, run, identity, model, accelerator, config) | _origin(folder)
+        if accelerator.is_main_process:
+            write_folder(output, lambda temporary: fill_folder(temporary, model, tokenizer, config, run, summary))
+        accelerator.wait_for_everyone()
+        run.remove()
     return summary
 
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
-from hf_linattn import attention_modules, linearize
+from hf_linattn import attention_modules, linearize, softmax_attention
 from hf_linattn.conversion import attention_transfer, logit_distillation
 from hf_linattn.conversion.adapters import make_trainable, merged
 from hf_linattn.conversion.config import ConversionConfig
@@ -69,30 +69,32 @@ def convert(
         logger.info("%s is complete already", output)
         return summary
     check_output(output, overwrite=overwrite, source=model)
-    run = open_run(output, identity, accelerator, resume=resume, overwrite=overwrite)
-    dtype = choose_dtype(config.dtype, accelerator.device)
-    with repeatable(config.deterministic):
-        teacher, tokenizer = load_model(model, dtype=dtype, device=accelerator.device, gguf_file=gguf_file)
-        check_row_length(teacher, config.longest_row)
-        check_disk_space(output, teacher)
-        corpus, held_out = open_corpus(
-            accelerator,
-            run,
-            config.data,
-            teacher,
-            tokenizer,
-            tokens=config.tokens,
-            row_length=config.longest_row,
-            seed=config.seed,
-        )
-        student = linearize_or_explain(teacher, config)
-        transfer(accelerator, student, corpus, held_out, config, run, dtype)
-        student = distil(accelerator, student, corpus, held_out, config, run, dtype, (model, gguf_file))
-    summary = summarize(output.name, run, identity, student, accelerator, config)
-    if accelerator.is_main_process:
-        write_folder(output, lambda folder: fill_folder(folder, student, tokenizer, config, run, summary))
-    accelerator.wait_for_everyone()
-    run.remove()
+    with open_run(output, identity, accelerator, resume=resume, overwrite=overwrite) as run:
+        dtype = choose_dtype(config.dtype, accelerator.device)
+        with repeatable(config.deterministic):
+            teacher, tokenizer = load_model(model, dtype=dtype, device=accelerator.device, gguf_file=gguf_file)
+            check_row_length(teacher, config.longest_row)
+            check_disk_space(output, teacher)
+            student = linearize_or_explain(teacher, config)
+            # A corpus sampled from the model itself comes from the model before conversion.
+            with softmax_attention(student):
+                corpus, held_out = open_corpus(
+                    accelerator,
+                    run,
+                    config.data,
+                    student,
+                    tokenizer,
+                    tokens=config.tokens,
+                    row_length=config.longest_row,
+                    seed=config.seed,
+                )
+            transfer(accelerator, student, corpus, held_out, config, run, dtype)
+            student = distil(accelerator, student, corpus, held_out, config, run, dtype, (model, gguf_file))
+        summary = summarize(output.name, run, identity, student, accelerator, config)
+        if accelerator.is_main_process:
+            write_folder(output, lambda folder: fill_folder(folder, student, tokenizer, config, run, summary))
+        accelerator.wait_for_everyone()
+        run.remove()
     return summary
 
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_linattn.errors import UserError
 
+RUN_FILE = "run.json"
 CHECKPOINTS_KEPT = 2
 
 
@@ -55,7 +56,7 @@ class RunState:
     def __init__(self, folder: Path, identity: dict[str, Any], accelerator: Accelerator, *, resume: bool):
         self.folder, self.accelerator = folder, accelerator
         self.metrics_path = folder / "metrics.jsonl"
-        found = _read_json(folder / "run.json")
+        found = _read_json(folder / RUN_FILE)
         self.checkpoint = _latest_checkpoint(folder / "checkpoints")
         if self.checkpoint is not None and not resume:
             raise UserError(
@@ -72,7 +73,7 @@ class RunState:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            _write_atomically(folder / "run.json", json.dumps(identity, indent=2))
+            _write_atomically(folder / RUN_FILE, json.dumps(identity, indent=2))
             self._cut_metrics()
         accelerator.wait_for_everyone()
 
@@ -142,6 +143,14 @@ class RunState:
                 if value is not None:
                     moment = value if value.ndim == 0 else _shard_like(value, parameter)
                     optimizer.state[parameter][key] = moment
+
+    def __enter__(self) -> "RunState":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """A run refused before it had anything to resume from leaves no folder behind."""
+        if error is not None and not any(p.is_file() and p.name != RUN_FILE for p in self.folder.rglob("*")):
+            self.remove()
 
     def remove(self) -> None:
         """Delete the folder: the run is finished and its result saved."""

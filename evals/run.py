@@ -250,7 +250,7 @@ def _start(output: str | Path | None, reuse: bool, settings: dict, conversion: M
         return results | facts
     return {
         "recipe": facts.get("recipe"),
-        "commit": _commit(),
+        "commit": checkout_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "tokens": facts.get("tokens"),
         "seconds": facts.get("seconds"),
@@ -265,7 +265,7 @@ def _start(output: str | Path | None, reuse: bool, settings: dict, conversion: M
     }
 
 
-def _commit() -> str | None:
+def checkout_commit() -> str | None:
     """The commit of the checkout this file belongs to, None for an installed package."""
     here = Path(__file__).resolve()
     git = ("git", "-C", str(here.parent))

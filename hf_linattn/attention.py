@@ -141,7 +141,10 @@ class LinearAttention(nn.Module):
     def _options(self, scaling, sliding_window, softcap) -> dict:
         if not self.window:
             return {"a": self.a, "b": self.b, "normalize": self.normalize}
-        log_scale = self.log_scale if self.linear_branch else torch.full_like(self.log_scale, SWITCHED_OFF)
+        # A model cast as a whole, `model.to(torch.bfloat16)`, casts its parameters; the op wants float32.
+        log_scale = self.log_scale.float()
+        if not self.linear_branch:
+            log_scale = torch.full_like(log_scale, SWITCHED_OFF)
         return {
             "window": self.window if sliding_window is None else min(self.window, sliding_window),
             "scale": scaling,

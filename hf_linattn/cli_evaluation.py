@@ -81,13 +81,13 @@ def write_bench(output: Path, device, rows: list[dict]) -> None:
     """The results file of a device, in the form in which evals/results/kernels keeps them."""
     from hf_linattn.evals.bench import copy_bandwidth
     from hf_linattn.evals.results_file import write_results
-    from hf_linattn.evals.run import _commit
+    from hf_linattn.evals.run import checkout_commit
 
     facts = {
         "device": device_name(device),
         "copy_gbs": round(copy_bandwidth(device) / 1e9, 1),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": checkout_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["hf-linattn", *sys.argv[1:]]),
         "rows": rows,

@@ -18,7 +18,7 @@ from hf_linattn.errors import UserError
 from hf_linattn.kernels import init_state, init_window_state
 from hf_linattn.kernels.dispatch import explain
 from hf_linattn.layers import attention_modules, linear_attention_modules
-from hf_linattn.loading import _locate
+from hf_linattn.loading import locate_model
 from hf_linattn.modeling import MODEL_TYPE
 
 PACKAGES = ("hf_linattn", "torch", "transformers", "accelerate", "peft", "datasets", "lm-eval", "safetensors", "trl")
@@ -164,7 +164,7 @@ def source_facts(name_or_path: str) -> tuple[int, str]:
     Raises:
         UserError: nothing there, or no causal language model.
     """
-    name, gguf_file = _locate(name_or_path, None)
+    name, gguf_file = locate_model(name_or_path, None)
     try:
         config = AutoConfig.from_pretrained(name, **({"gguf_file": gguf_file} if gguf_file else {}))
         with torch.device("meta"):

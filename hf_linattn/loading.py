@@ -30,7 +30,7 @@ def load_model(
     Raises:
         UserError: nothing there, ambiguous GGUF files, damaged weights, or a type Transformers cannot load.
     """
-    name, gguf_file = _locate(str(name_or_path), gguf_file)
+    name, gguf_file = locate_model(str(name_or_path), gguf_file)
     options = {"trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
@@ -48,7 +48,8 @@ def load_model(
     return (model if device is None else model.to(device)).eval(), tokenizer
 
 
-def _locate(name: str, gguf_file: str | None) -> tuple[str, str | None]:
+def locate_model(name: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """Folder or Hub id, and the GGUF file in it if there is one. Raises UserError as `load_model` does."""
     path = pathlib.Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -69,6 +69,18 @@ def test_prefill_in_any_split(model, splits, kind):
 
 
 @torch.no_grad()
+def test_bf16_decode_follows_prefill(model):
+    """Up to rounding, also after many windows: the sums stay float32."""
+    model = model.to(torch.bfloat16)
+    x = ids(2, 60)
+    whole = model(x, use_cache=False).logits.float()
+    cache = model(x[:, :7], use_cache=True).past_key_values
+    steps = [model(x[:, t : t + 1], past_key_values=cache).logits.float() for t in range(7, 60)]
+    error = (torch.cat(steps, 1) - whole[:, 7:]).norm(dim=(0, 2)) / whole[:, 7:].norm(dim=(0, 2))
+    assert error.max() < 0.05
+
+
+@torch.no_grad()
 def test_continued_prefill_with_padding_inside_the_new_chunk(model):
     """A row padded in its second chunk equals the row alone (Transformers issues 46773 and 47086 are about this)."""
     first, second = ids(2, 9, seed=1), ids(2, 6, seed=2)

@@ -1,4 +1,4 @@
-"""FSDP2 on two CPU processes: the float32 parameters of a bf16 model live in a group of their own, and nothing changes."""
+"""FSDP2 on two CPU processes: the float32 parameters of a bf16 model are a group of their own; nothing changes."""
 
 import os
 import subprocess
