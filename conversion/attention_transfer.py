@@ -97,6 +97,8 @@ def transfer_attention(
             progress.step(step + 1, step_tokens, record)
             if (step + 1) % checkpoint_every == 0 or step + 1 == num_steps:
                 run.save(STAGE, step + 1, progress.seconds, layers, optimizer)
+    # The next stage would add its first gradients to these; a run resumed after this one has none.
+    optimizer.zero_grad()
 
 
 @torch.no_grad()

@@ -62,8 +62,8 @@ def _note(number: int, path: Path, results: dict) -> str:
     if results["commit"]:
         facts.append(f"commit {results['commit']}")
     where = path.relative_to(ROOT).as_posix()
-    commands = "; ".join(f"`{line}`" for line in results["command"].splitlines())
-    return f"[{number}] {', '.join(facts)}; {commands}; all figures: [{where}]({where})."
+    command = results["command"].splitlines()[0]
+    return f"[{number}] {', '.join(facts)}; `{command}`; all figures and commands: [{where}]({where})."
 
 
 if __name__ == "__main__":
