@@ -1,6 +1,5 @@
 """Output folders that appear whole or not at all: written beside their place, made durable, then renamed."""
 
-import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -10,10 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from hf_linattn.conversion.run_state import sync_folder
-from hf_linattn.errors import UserError
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-FULL_DISK_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
+from hf_linattn.errors import UserError, is_full_disk
 
 
 def check_output(output: Path, *, overwrite: bool, source: str | None = None) -> None:
@@ -68,9 +64,9 @@ def write_folder(output: Path, write: Callable[[Path], None]) -> None:
         sync_folder(temporary)
         _put_in_place(temporary, output)
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno is None and not _is_full_disk(error):
+        if isinstance(error, OSError) and error.errno is None and not is_full_disk(error):
             raise
-        remedy = "free some space" if _is_full_disk(error) else "check the folder's disk and permissions"
+        remedy = "free some space" if is_full_disk(error) else "check the folder's disk and permissions"
         raise UserError(
             f"output: cannot write {output}: {error}. What was there before is unchanged; {remedy} and run the same "
             "command with --resume, which continues from the last checkpoint"
@@ -92,8 +88,3 @@ def _put_in_place(temporary: Path, output: Path) -> None:
         os.replace(earlier, output)
         raise
     shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _is_full_disk(error: Exception) -> bool:
-    # safetensors reports a failed write as its own error, with the system's text inside.
-    return getattr(error, "errno", None) in FULL_DISK or any(text in str(error) for text in FULL_DISK_TEXTS)

@@ -4,19 +4,15 @@
 know is a defect of ours: it keeps its traceback.
 """
 
-import errno
 import os
 
 import typer
 from typer.core import TyperGroup
 
-from hf_linattn.errors import UserError
+from hf_linattn.errors import UserError, is_full_disk
 
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 """In a run that torchrun or accelerate started several times over, only the first process prints."""
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-FULL_DISK_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
 
 # (package, exception, what it means and what to do); the most derived exception first. Named as text, so that telling
 # a message apart imports no library.
@@ -89,7 +85,7 @@ def explain(error: BaseException) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if _is_full_disk(error):
+    if is_full_disk(error):
         path = getattr(error, "filename", None)
         return (
             f"no space left on the disk{f' while writing {path}' if path else ''}. What stood at the output path "
@@ -104,13 +100,6 @@ def explain(error: BaseException) -> str | None:
         advice = "" if error.errno else " A model on the Hub needs network access; a local one is named by its folder."
         return _first_line(error) + advice
     return None
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
-        return True
-    # safetensors and torch report a failed write as an error type of their own, with the system's text inside.
-    return any(text in str(error) for text in FULL_DISK_TEXTS)
 
 
 def _first_line(error: BaseException) -> str:
