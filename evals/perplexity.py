@@ -9,6 +9,7 @@ teacher's falls with the position.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ def position_buckets(max_length: int) -> list[tuple[int, int]]:
     while edges[-1] < max_length:
         edges.append(2 * edges[-1])
     edges = [edge for edge in edges if edge < max_length] + [max_length]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def perplexity_by_position(

@@ -23,6 +23,7 @@ from hf_linattn.kernels import (
     window_linear_attention,
     window_linear_attention_step,
 )
+from hf_linattn.kernels.dispatch import autocast_off
 from hf_linattn.sequence import pack, sequence_layout, unpack
 
 ATTENTION_NAME = "hf_linattn"
@@ -109,7 +110,7 @@ class LinearAttention(nn.Module):
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        with torch.autocast(device_type, enabled=False):
+        with autocast_off(query.device):
             q_len = query.shape[2]
             past = 0 if cache_layer is None else cache_layer.get_seq_length() - q_len
             features = self._features(query, key, value, scaling, position_ids, past, hidden_states)

@@ -100,7 +100,7 @@ def check_device(name: str | None) -> torch.device:
 def device_name(device: torch.device) -> str:
     """What a report calls `device`."""
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.getdevice_name(device)})"
+        return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_linattn
 from hf_linattn.conversion.config import recipe_names
+from hf_linattn.info import device_name
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,14 @@ def test_finetune_then_eval_and_info(converted, text, tmp_path):
     assert result.exit_code == 0, result.output
     assert "chunked" in result.stdout
     assert "softmax layers      0" in result.stdout
+
+
+def test_device_names(monkeypatch):
+    """A GPU is named by its model: the one branch that no CPU reaches."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert device_name(torch.device("cuda:1")) == "cuda:1 (card 1)"
+    assert device_name(torch.device("cpu")) == f"cpu ({torch.get_num_threads()} threads)"
+    assert device_name(torch.device("xpu")) == "xpu"
 
 
 def test_info_counts_the_bytes_of_a_real_state(converted):
