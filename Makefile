@@ -16,19 +16,23 @@ OUT := $(BUILD)/demo/linear
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-gpu style quality wheel clean
+.PHONY: help install kernels demo test test-gpu style quality wheel clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: $(INSTALLED)  ## make .venv and install the package in it, editable
+	@echo "The CUDA kernels are compiled by: make kernels"
+
+kernels: $(INSTALLED)  ## compile the CUDA kernels in place, where nvcc is found
+	$(BIN)/python kernels/compile_kernels.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	    "hf_linattn needs Python 3.11 or newer, found " + sys.version.split()[0] + "; run make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	HF_LINATTN_BUILD_KERNELS=0 $(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
 $(MODEL)/.complete: | $(INSTALLED)
@@ -47,7 +51,7 @@ demo: $(INSTALLED) $(MODEL)/.complete  ## convert SmolLM2-135M here, print its s
 test: $(INSTALLED)  ## the whole suite on the CPU, without network
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not network" $(PYTEST_ARGS)
 
-test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
+test-gpu: kernels  ## the tests that need a CUDA device
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 style: $(INSTALLED)  ## rewrite the sources in the project's format
@@ -58,9 +62,9 @@ quality: $(INSTALLED)  ## check format and lint, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-wheel: $(INSTALLED)  ## build the wheel into dist/
+wheel: kernels  ## build the wheel into dist/, with the kernels where nvcc is found
 	@rm -rf build/lib build/bdist.*
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## remove what make made, .venv included
-	rm -rf $(VENV) $(BUILD) dist hf_linattn.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BUILD) dist hf_linattn.egg-info .pytest_cache .ruff_cache kernels/python/_hf_linattn_kernels.so

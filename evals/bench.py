@@ -1,296 +1,294 @@
-"""Times the ops on this device against the byte floor, PyTorch's softmax attention and, where installed, FLA.
+"""Measures the ops on this device: time, bytes, flop, memory, decode steps, and error against float64.
 
 Floor: the bytes an op must move (q, k, v, o once forward; 12 such tensors forward and backward) at the copy rate
-measured here. Memory: peak growth during forward + backward beyond the inputs, outputs and gradients of the caller.
+measured here. GB/s: these bytes over the measured time, and their share of the copy rate. TFLOP/s: the flop that the
+op cannot do without (`bench_entries.minimal_flop`) over the time. Memory: peak growth during a call beyond its inputs
+and results (forward: o; with backward: o, dq, dk, dv).
 """
 
-import importlib.util
-import json
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_linattn.kernels import linear_attention, window_linear_attention
+from hf_linattn.evals.bench_entries import BenchEntry, Shape, bench_entries, minimal_flop
+from hf_linattn.evals.bench_suites import (
+    CPU_DECODE_SHAPES,
+    CPU_ERROR_SHAPES,
+    DECODE_SHAPES,
+    ERROR_SHAPES,
+    timing_suite,
+)
+from hf_linattn.evals.bench_timing import copy_bandwidth, peak_bytes, time_call, time_graph
+from hf_linattn.kernels import init_state, linear_attention, linear_attention_step
+from hf_linattn.kernels.cuda_library import compiled_kernels_problem
 
 MIB = 2**20
-BENCH_WINDOW = 64
 # Tensors of one q's size that a forward, and a forward with backward, must move at least.
 FORWARD_TENSORS, FORWARD_BACKWARD_TENSORS = 4, 12
-CUDA_SHAPES = ((4, 16, 1024, 128), (4, 16, 2048, 128), (4, 16, 8192, 128), (8, 9, 2048, 64), (4, 32, 8192, 64))
-CPU_SHAPES = tuple((1, 4, n, 32) for n in (256, 512, 1024)) + tuple((1, 4, 512, d) for d in (16, 64, 128))
 ROW_FIELDS = (
-    "op",
-    "impl",
-    "B",
-    "H",
-    "N",
-    "D",
-    "dtype",
-    "fwd_ms",
-    "fwd_bwd_ms",
-    "floor_fwd_ms",
-    "floor_fwd_bwd_ms",
-    "extra_mib",
+    *("suite", "op", "impl", "B", "H", "N", "D", "dtype"),
+    *("fwd_ms", "fwd_p10_ms", "fwd_p90_ms", "fwd_bwd_ms", "fwd_bwd_p10_ms", "fwd_bwd_p90_ms"),
+    *("floor_fwd_ms", "floor_fwd_bwd_ms", "fwd_gbs", "fwd_bwd_gbs", "fwd_copy_share", "fwd_bwd_copy_share"),
+    *("fwd_tflops", "fwd_bwd_tflops", "extra_fwd_mib", "extra_mib"),
 )
+DECODE_FIELDS = ("impl", "B", "H", "D", "dtype", "us", "p10_us", "p90_us", "graph_us", "floor_us")
+ERROR_FORMS = {
+    "normalized": ("ours", "ours-sm80", "chunked", "fla", "fla-fused"),
+    "sums": ("ours-sums", "fla-unnormalized"),
+}
+ERROR_FIELDS = ("form", "impl", "B", "H", "N", "D", "dtype", "o", "dq", "dk", "dv")
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the storages that ops under this mode allocate; `peak` is the largest sum of bytes alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = WeakIdKeyDictionary(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and id(x.untyped_storage()) not in given:
-                self.storages[x.untyped_storage()] = x.untyped_storage().nbytes()
-        self.peak = max(self.peak, sum(self.storages.values()))
-        return result
-
-
-class BenchEntry(NamedTuple):
-    """One implementation: the op it is listed under, its name, and a function of q, k, v `[B, N, H, D]`."""
-
-    op: str
-    impl: str
-    call: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def run_bench(
-    device: str | torch.device,
+def run_suite(
+    suite: str,
+    device: torch.device,
     dtype: torch.dtype,
-    shapes: Iterable[tuple[int, int, int, int]],
+    *,
+    shapes: Sequence[Shape] | None = None,
     backends: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
     runs: int = 20,
-) -> list[dict]:
-    """Measure every implementation at every shape.
+    bandwidth: float | None = None,
+) -> dict[str, list[dict]]:
+    """Measure one suite of `bench_suites.SUITES`.
 
     Args:
-        device: "cuda" or "cpu".
+        suite: its name.
+        device: where.
         dtype: of q, k, v.
-        shapes: (B, H, N, D) tuples; H query and kv heads, D for q, k and v.
-        backends: names of implementations to run (see `bench_entries`); None for all that can run here.
-        runs: timed repetitions; the median counts.
+        shapes: instead of the suite's own; for the timing suites.
+        backends: names of implementations to run; None for those of the suite.
+        skip: beginnings of names to leave out, e.g. "fla" for all of FLA.
+        runs: least number of timed runs.
+        bandwidth: bytes a second of a copy, measured if None.
 
     Returns:
-        One dict a measurement with the fields of `ROW_FIELDS`; None where an implementation does not run.
+        {"rows" | "decode" | "errors": one dict a measurement, in the fields of `ROW_FIELDS`, `DECODE_FIELDS` or
+        `ERROR_FIELDS`}; None where an implementation does not run.
 
     Raises:
         ValueError: for a backend that is not available on this device.
     """
     device = torch.device(device)
+    bandwidth = bandwidth or copy_bandwidth(device)
+    is_cuda = device.type == "cuda"
+    if suite == "decode":
+        sizes = DECODE_SHAPES if is_cuda else CPU_DECODE_SHAPES
+        return {"decode": _chosen_rows(run_decode(device, dtype, sizes, runs, bandwidth), backends, skip)}
+    if suite == "errors":
+        return {"errors": run_errors(device, dtype, ERROR_SHAPES if is_cuda else CPU_ERROR_SHAPES, backends, skip)}
+    plan = timing_suite(suite, device.type)
+    impls = backends if backends is not None else None if shapes else plan.impls
+    entries = chosen_entries(device, dtype, backends, skip)
+    entries = [entry for entry in entries if impls is None or entry.impl in impls]
+    return {"rows": run_bench(device, dtype, shapes or plan.shapes, entries, runs, bandwidth, suite)}
+
+
+def chosen_entries(
+    device: torch.device, dtype: torch.dtype, backends: Sequence[str] | None, skip: Sequence[str]
+) -> list[BenchEntry]:
+    """Implementations that run here, of those in `backends` (None for all) and not in `skip`."""
     entries = bench_entries(device, dtype)
-    if backends is not None:
-        known = {entry.impl for entry in entries}
-        unknown = sorted(set(backends) - known)
-        if unknown:
-            raise ValueError(
-                f"backends: expected names from {sorted(known)} on {device.type}, got {unknown}; drop them"
-            )
-        entries = [entry for entry in entries if entry.impl in backends]
-    bandwidth = copy_bandwidth(device)
+    known = {entry.impl for entry in entries}
+    unknown = sorted(set(backends or ()) - known)
+    if unknown:
+        raise ValueError(f"backends: expected names from {sorted(known)} on {device.type}, got {unknown}; drop them")
+    return [
+        entry
+        for entry in entries
+        if (backends is None or entry.impl in backends) and not entry.impl.startswith(tuple(skip))
+    ]
+
+
+def run_bench(
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: Iterable[Shape],
+    entries: Sequence[BenchEntry],
+    runs: int,
+    bandwidth: float,
+    suite: str = "bars",
+) -> list[dict]:
+    """One row for every entry that takes a shape, at every shape."""
     rows = []
-    for batch, heads, tokens, dim in shapes:
-        tensor_ms = batch * heads * tokens * dim * dtype.itemsize / bandwidth * 1e3
+    for shape in map(Shape._make, shapes):
+        tensor_ms = shape.B * shape.H * shape.N * shape.D * dtype.itemsize / bandwidth * 1e3
         for entry in entries:
-            values = (
-                entry.op,
-                entry.impl,
-                batch,
-                heads,
-                tokens,
-                dim,
-                str(dtype).removeprefix("torch."),
-                *_measure_entry(entry, (batch, tokens, heads, dim), dtype, device, runs),
-            )
-            row = dict(zip([f for f in ROW_FIELDS if not f.startswith("floor")], values, strict=True))
-            row["floor_fwd_ms"] = FORWARD_TENSORS * tensor_ms
-            row["floor_fwd_bwd_ms"] = FORWARD_BACKWARD_TENSORS * tensor_ms
-            rows.append({field: row[field] for field in ROW_FIELDS})
+            if not entry.fits(shape, dtype, device):
+                continue
+            row = dict.fromkeys(ROW_FIELDS)
+            row |= {"suite": suite, "op": entry.op, "impl": entry.impl, "dtype": _dtype_name(dtype)}
+            row |= shape._asdict()
+            row |= {
+                "floor_fwd_ms": FORWARD_TENSORS * tensor_ms,
+                "floor_fwd_bwd_ms": FORWARD_BACKWARD_TENSORS * tensor_ms,
+            }
+            with _environment(entry.environment):
+                row |= _measure_entry(entry, shape, dtype, device, runs)
+            for kind, flop in zip(("fwd", "fwd_bwd"), minimal_flop(entry.op, shape), strict=True):
+                if row[f"{kind}_ms"] is not None:
+                    share = row[f"floor_{kind}_ms"] / row[f"{kind}_ms"]
+                    row |= {f"{kind}_copy_share": share, f"{kind}_gbs": share * bandwidth / 1e9}
+                    row[f"{kind}_tflops"] = flop / row[f"{kind}_ms"] / 1e9
+            rows.append(_rounded(row))
     return rows
 
 
-def bench_entries(device: torch.device, dtype: torch.dtype) -> list[BenchEntry]:
-    """Implementations that can run on this device: ours, softmax by PyTorch, FLA if installed (CUDA only)."""
-
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return linear_attention(q, k, v, backend="chunked")[0]
-
-    def ours_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o, _ = window_linear_attention(
-            q, k, v, q, k, window=BENCH_WINDOW, scale=q.shape[-1] ** -0.5, backend="chunked"
-        )
-        return o
-
-    def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-    def softmax_by(kernel: torch.nn.attention.SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with torch.nn.attention.sdpa_kernel(kernel):
-                return softmax(q, k, v)
-
-        return call
-
-    entries = [
-        BenchEntry("linear_attention", "chunked", ours),
-        BenchEntry("window_linear_attention", "chunked-window", ours_window),
-    ]
-    if device.type != "cuda":
-        return [*entries, BenchEntry("softmax_attention", "sdpa", softmax)]
-    if dtype in (torch.bfloat16, torch.float16):
-        kernels = torch.nn.attention.SDPBackend
-        entries.append(BenchEntry("softmax_attention", "sdpa-flash", softmax_by(kernels.FLASH_ATTENTION)))
-        entries.append(BenchEntry("softmax_attention", "sdpa-cudnn", softmax_by(kernels.CUDNN_ATTENTION)))
-    else:
-        entries.append(BenchEntry("softmax_attention", "sdpa", softmax))
-    if importlib.util.find_spec("fla") is not None:
-        from fla.ops.linear_attn import chunk_linear_attn
-
-        def fla(normalize: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-            return lambda q, k, v: chunk_linear_attn(q, k, v, scale=1.0, normalize=normalize)[0]
-
-        entries.append(BenchEntry("linear_attention", "fla", fla(True)))
-        entries.append(BenchEntry("linear_attention", "fla-unnormalized", fla(False)))
-    return entries
+def run_decode(
+    device: torch.device, dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]], runs: int, bandwidth: float
+) -> list[dict]:
+    """Microseconds of one step against reading and writing the float32 state once; ours normalises, FLA's does not."""
+    rows = []
+    for batch, heads, dim in shapes:
+        q, k, v = (torch.rand(batch, heads, dim, dtype=dtype, device=device) for _ in range(3))
+        state = init_state(batch, heads, dim, dim, device=device)
+        calls = {"chunked": lambda q=q, k=k, v=v, s=state: linear_attention_step(q, k, v, s, backend="chunked")}
+        if compiled_kernels_problem(device, dtype, "linear_attention_step") is None:
+            calls = {"ours": lambda q=q, k=k, v=v, s=state: linear_attention_step(q, k, v, s, backend="cuda")} | calls
+        calls |= _fla_step(q, k, v, state.kv) if device.type == "cuda" else {}
+        floor = 2 * state.kv.nbytes / bandwidth * 1e6
+        for impl, call in calls.items():
+            row = {"impl": impl, "B": batch, "H": heads, "D": dim, "dtype": _dtype_name(dtype), "floor_us": floor}
+            with _reported(f"{impl} step {(batch, heads, dim)}"):
+                timing, graph = time_call(call, device, runs), time_graph(call, device, runs)
+                row |= dict(zip(("us", "p10_us", "p90_us"), (1e3 * ms for ms in timing), strict=True))
+                row["graph_us"] = None if graph is None else 1e3 * graph.median
+            rows.append(_rounded(dict.fromkeys(DECODE_FIELDS) | row))
+    return rows
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large device-to-device copy, read and written bytes both counted."""
-    size = (1 << 28) if device.type == "cuda" else (1 << 24)
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / (_median_ms(lambda: target.copy_(source), device, 20) * 1e-3)
+def run_errors(
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: Iterable[Shape],
+    backends: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+) -> list[dict]:
+    """Relative RMSE of o, dq, dk, dv against float64, with one random output gradient for all.
 
-
-def bench_table(rows: list[dict]) -> Table:
-    """The rows as a table; times also as multiples of the floor."""
-    table = Table(title="Attention ops (median ms, and multiple of the byte floor)")
-    for column in ("op", "impl", "B, H, N, D", "dtype", "forward", "forward + backward", "extra MiB"):
-        table.add_column(column, justify="left" if column in ("op", "impl") else "right")
-
-    def times(ms: float | None, floor: float) -> str:
-        return "-" if ms is None else f"{ms:.3f} ({ms / floor:.1f}x)"
-
-    for row in rows:
-        table.add_row(
-            row["op"],
-            row["impl"],
-            f"{row['B']}, {row['H']}, {row['N']}, {row['D']}",
-            row["dtype"],
-            times(row["fwd_ms"], row["floor_fwd_ms"]),
-            times(row["fwd_bwd_ms"], row["floor_fwd_bwd_ms"]),
-            "-" if row["extra_mib"] is None else f"{row['extra_mib']:.1f}",
-        )
-    return table
-
-
-def print_bench(rows: list[dict], console: Console) -> None:
-    """The table, then one line of JSON."""
-    console.print(bench_table(rows))
-    console.print(json.dumps({"rows": rows}), soft_wrap=True, highlight=False, markup=False)
-
-
-def plot_bench(rows: list[dict], path: Path) -> None:
-    """Log-log plots of forward + backward time and memory against N (largest D series) and against D.
-
-    Args:
-        rows: from `run_bench`.
-        path: file to write; the suffix selects the format.
+    Forms: `normalized`, q, k, v uniform in [0, 1], where dq is a small difference of large terms; `sums`, not
+    normalised, q, k, v normal. q comes multiplied by D^-0.5: implementations differ in where they scale.
     """
-    from matplotlib.figure import Figure
+    rows = []
+    for form, impls in ERROR_FORMS.items():
+        entries = [entry for entry in chosen_entries(device, dtype, backends, skip) if entry.impl in impls]
+        for shape in shapes:
+            draw = torch.rand if form == "normalized" else torch.randn
+            generator = torch.Generator(device).manual_seed(0)
+            size = (shape.B, shape.N, shape.H, shape.D)
+            q, k, v = (draw(size, generator=generator, device=device) for _ in range(3))
+            inputs = [x.to(dtype) for x in (q * shape.D**-0.5, k, v)]
+            do = torch.randn(size, generator=generator, device=device).to(dtype)
 
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
-    measures = (("fwd_bwd_ms", "forward + backward, ms"), ("extra_mib", "extra memory, MiB"))
-    for row_axes, (axis, fixed) in zip(axes.T, (("N", "D"), ("D", "N")), strict=True):
-        chosen = _longest_series(rows, axis, fixed)
-        for ax, (measure, label) in zip(row_axes, measures, strict=True):
-            for impl in dict.fromkeys(r["impl"] for r in chosen):
-                points = sorted((r[axis], r[measure]) for r in chosen if r["impl"] == impl and r[measure])
-                ax.plot(*zip(*points, strict=True), marker="o", label=impl) if points else None
-            ax.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
-            ax.grid(True, which="both", alpha=0.3)
-    axes[0, 0].legend()
-    figure.savefig(path)
+            def exact(q: Tensor, k: Tensor, v: Tensor, normalize: bool = form == "normalized") -> Tensor:
+                # tests/ops hold this backend in float64 against the per-token reference.
+                return linear_attention(q, k, v, normalize=normalize, backend="chunked")[0]
 
-
-def _longest_series(rows: list[dict], axis: str, fixed: str) -> list[dict]:
-    """The rows that share B, H, dtype and `fixed`, with the most values of `axis`."""
-    series: dict[tuple, list[dict]] = {}
-    for row in rows:
-        series.setdefault((row["B"], row["H"], row["dtype"], row[fixed]), []).append(row)
-    return max(series.values(), key=lambda s: len({r[axis] for r in s}), default=[])
+            expected = _forward_backward(exact, [x.double() for x in inputs], do.double())
+            for entry in entries:
+                row = dict.fromkeys(ERROR_FIELDS) | {"form": form, "impl": entry.impl, "dtype": _dtype_name(dtype)}
+                row |= shape._asdict()
+                with _environment(entry.environment), _reported(f"{entry.impl} {tuple(shape)}"):
+                    actual = _forward_backward(entry.call, inputs, do)
+                    for name, x, y in zip(("o", "dq", "dk", "dv"), actual, expected, strict=True):
+                        row[name] = ((x.double() - y).norm() / y.norm()).item()
+                rows.append(_rounded(row))
+    return rows
 
 
 def _measure_entry(
-    entry: BenchEntry, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, runs: int
-) -> tuple[float | None, float | None, float | None]:
-    """(forward ms, forward + backward ms, extra MiB of forward + backward); None for what this device refuses."""
+    entry: BenchEntry, shape: Shape, dtype: torch.dtype, device: torch.device, runs: int
+) -> dict[str, float]:
+    """Times and extra memory of one implementation; what it got to, where it fails."""
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, do = (torch.rand(shape, generator=generator, dtype=dtype, device=device) for _ in range(4))
+    size = (shape.B, shape.H, shape.N, shape.D) if entry.heads_first else (shape.B, shape.N, shape.H, shape.D)
+    q, k, v, do = (torch.rand(size, generator=generator, dtype=dtype, device=device) for _ in range(4))
+    extras = entry.extras(shape, dtype, device)
 
-    def forward_backward() -> tuple[Tensor, ...]:
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        o = entry.call(*leaves)
-        return o, *torch.autograd.grad(o, leaves, do)
-
-    try:
+    def forward() -> Tensor:
         with torch.no_grad():
-            forward_ms = _median_ms(lambda: entry.call(q, k, v), device, runs)
-        both_ms = _median_ms(forward_backward, device, runs)
-    except RuntimeError as error:
-        # Out of memory, or a kernel that does not take this shape: the row stays, without figures.
-        Console(stderr=True).print(f"{entry.impl} {shape}: {str(error).splitlines()[0]}", markup=False)
-        return None, None, None
-    results = 4 * q.numel() * dtype.itemsize
-    return forward_ms, both_ms, max(_peak_bytes(forward_backward, device) - results, 0) / MIB
+            return entry.call(q, k, v, *extras)
+
+    def forward_backward() -> list[Tensor]:
+        return _forward_backward(lambda *x: entry.call(*x, *extras), (q, k, v), do)
+
+    found = {}
+    with _reported(f"{entry.impl} {tuple(shape)}"):
+        for kind, call, results in (("fwd", forward, 1), ("fwd_bwd", forward_backward, 4)):
+            timing = time_call(call, device, runs)
+            found |= dict(zip((f"{kind}_ms", f"{kind}_p10_ms", f"{kind}_p90_ms"), timing, strict=True))
+            extra = peak_bytes(call, device) - results * q.numel() * dtype.itemsize
+            found["extra_fwd_mib" if kind == "fwd" else "extra_mib"] = max(extra, 0) / MIB
+    return found
 
 
-def _median_ms(call: Callable[[], object], device: torch.device, runs: int) -> float:
-    for _ in range(3 if device.type == "cuda" else 1):
-        call()
-    times = []
-    if device.type == "cuda":
-        for _ in range(max(runs, 20)):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            times.append((start, end))
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in times)
-    for _ in range(runs):
-        before = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - before) * 1e3)
-    return statistics.median(times)
+def _forward_backward(call: Callable[..., Tensor], inputs: Sequence[Tensor], do: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    o = call(*leaves)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
 
 
-def _peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Peak growth of allocated memory during one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as live:
-        call()
-    return live.peak
+def _fla_step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> dict[str, Callable[[], object]]:
+    try:
+        from fla.ops.linear_attn import fused_recurrent_linear_attn
+    except ImportError:
+        return {}
+    q, k, v = (x[:, None] for x in (q, k, v))
+    return {
+        "fla-recurrent": torch.no_grad()(
+            lambda: fused_recurrent_linear_attn(q, k, v, scale=1.0, initial_state=kv, output_final_state=True)
+        )
+    }
+
+
+def _chosen_rows(rows: list[dict], backends: Sequence[str] | None, skip: Sequence[str]) -> list[dict]:
+    chosen = [row for row in rows if backends is None or row["impl"] in backends]
+    return [row for row in chosen if not row["impl"].startswith(tuple(skip))]
+
+
+@contextlib.contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Out of memory, or a kernel that does not take this: the row stays, without what is missing."""
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError, *_compiler_errors()) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        Console(stderr=True).print(f"{what}: {line}", markup=False)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises for a peer's kernel that it cannot compile here."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _rounded(row: dict) -> dict:
+    """Five digits: more are noise."""
+    return {name: float(f"{x:.5g}") if isinstance(x, float) else x for name, x in row.items()}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ share}}}), command; besides them evaluation (settings, seconds per part, batch s
 import contextlib
 import json
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -61,3 +62,15 @@ def check_same_settings(path: str | Path, found: dict, wanted: dict) -> None:
                 f"reuse: {path} was scored with {name}={found.get(name)!r}, now {name}={value!r} is asked for; "
                 "give the same setting, another output file, or score everything again without reuse"
             )
+
+
+def checkout_commit() -> str | None:
+    """The commit of the checkout this file belongs to, None for an installed package."""
+    here = Path(__file__).resolve()
+    git = ("git", "-C", str(here.parent))
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip()

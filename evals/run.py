@@ -7,7 +7,6 @@ with `reuse=True` parts already in it are not run again, and a model none of who
 """
 
 import datetime
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from hf_linattn.evals.controls import VARIANTS, LazyModel, ModelLoader, as_varia
 from hf_linattn.evals.lm_eval_tasks import run_tasks
 from hf_linattn.evals.perplexity import long_texts, perplexity_by_position
 from hf_linattn.evals.recall import mqar, passkey
-from hf_linattn.evals.results_file import check_same_settings, read_results, write_results
+from hf_linattn.evals.results_file import check_same_settings, checkout_commit, read_results, write_results
 from hf_linattn.evals.scoring import check_length
 from hf_linattn.evals.task_data import leaf_tasks, write_local_tasks
 from hf_linattn.evals.text_files import read_documents
@@ -263,15 +262,3 @@ def _start(output: str | Path | None, reuse: bool, settings: dict, conversion: M
         "evaluation": {"settings": settings, "part_seconds": {}, "splits": {}},
         "environment": {name: version(name) for name in ("torch", "transformers", "lm_eval")},
     }
-
-
-def checkout_commit() -> str | None:
-    """The commit of the checkout this file belongs to, None for an installed package."""
-    here = Path(__file__).resolve()
-    git = ("git", "-C", str(here.parent))
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip()

@@ -245,35 +245,33 @@ def push(
 
 @app.command()
 def bench(
+    suite: Annotated[
+        str, typer.Option(help="bars, sweep, paper, decode, errors or all; see evals/bench_suites.py.")
+    ] = "bars",
+    backends: Annotated[
+        list[str] | None, typer.Option("--backend", help="Only this implementation, e.g. ours; repeatable.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Leave out implementations that begin with this, e.g. fla; repeatable.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default by device.")] = None,
     shapes: Annotated[
         list[str] | None,
         typer.Option("--shape", metavar="B,H,N,D", help="Batch, heads, tokens, head_dim; repeatable."),
     ] = None,
     runs: Annotated[int, typer.Option(help="Timed repetitions, of which the median counts.", min=1)] = 20,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="JSON file to write or to add the suite to; plots beside it.")
+    ] = None,
     device: Device = None,
 ) -> None:
-    """Time the ops here, next to PyTorch's softmax attention and, where installed, FLA."""
-    import torch
-    from rich.console import Console
+    """Measure the ops here, next to PyTorch's softmax attention and, where installed, FLA and mlstm_kernels."""
+    from hf_linattn.cli_evaluation import measure_ops
 
-    from hf_linattn.evals.bench import CPU_SHAPES, CUDA_SHAPES, print_bench, run_bench
-    from hf_linattn.info import check_device
-
-    where = check_device(device)
-    sizes = [tuple(_read_numbers("--shape", shape, 4)) for shape in shapes or []] or (
-        CUDA_SHAPES if where.type == "cuda" else CPU_SHAPES
-    )
-    dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-    if dtype not in ("bfloat16", "float16", "float32"):
+    if dtype not in (None, "bfloat16", "float16", "float32"):
         raise UserError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
-    rows = run_bench(where, getattr(torch, dtype), sizes, runs=runs)
-    print_bench(rows, Console())
-    if output is not None:
-        from hf_linattn.cli_evaluation import write_bench
-
-        write_bench(output, where, rows)
+    sizes = [_read_numbers("--shape", shape, 4) for shape in shapes or []]
+    measure_ops(suite, sizes, backends=backends, skip=skip or (), dtype=dtype, runs=runs, output=output, device=device)
 
 
 @app.command()

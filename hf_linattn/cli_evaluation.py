@@ -9,11 +9,13 @@ import logging
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
+from hf_linattn.errors import UserError
 from hf_linattn.info import check_device, device_name, model_facts
 from hf_linattn.loading import load_model
 from hf_linattn.sample_text import write_sample_text
@@ -77,22 +79,61 @@ def score(
         _write_report(report, results)
 
 
-def write_bench(output: Path, device, rows: list[dict]) -> None:
-    """The results file of a device, in the form in which evals/results/kernels keeps them."""
-    from hf_linattn.evals.bench import copy_bandwidth
-    from hf_linattn.evals.results_file import write_results
-    from hf_linattn.evals.run import checkout_commit
+def measure_ops(
+    suite: str,
+    sizes: list[list[int]],
+    *,
+    backends: list[str] | None,
+    skip: Sequence[str],
+    dtype: str | None,
+    runs: int,
+    output: Path | None,
+    device: str | None,
+) -> None:
+    """Run one suite of evals/bench_suites.py, or all, print the tables, and keep them in `output`.
 
+    Args:
+        suite (`str`): its name, or "all".
+        sizes (`list`): [B, H, N, D] of the timing suites, instead of their own.
+        backends, skip: names to run, and beginnings of names to leave out; see `evals.bench.run_suite`.
+        dtype (`str`, *optional*): of the inputs; None takes bfloat16 on a GPU and float32 on a CPU.
+        runs (`int`): least number of timed runs.
+        output (`Path`, *optional*): results file, in the form in which evals/results/kernels keeps them.
+        device (`str`, *optional*): None takes the accelerator, else the CPU.
+    """
+    from rich.console import Console
+
+    from hf_linattn.evals.bench import run_suite
+    from hf_linattn.evals.bench_entries import Shape
+    from hf_linattn.evals.bench_report import peer_versions, print_bench, write_bench
+    from hf_linattn.evals.bench_suites import SUITES
+    from hf_linattn.evals.bench_timing import copy_bandwidth
+    from hf_linattn.evals.results_file import checkout_commit
+
+    if suite not in (*SUITES, "all"):
+        raise UserError(f"--suite: expected one of {', '.join(SUITES)} or all, got {suite!r}")
+    where = check_device(device)
+    dtype = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
+    bandwidth = copy_bandwidth(where)
     facts = {
-        "device": device_name(device),
-        "copy_gbs": round(copy_bandwidth(device) / 1e9, 1),
+        "device": device_name(where),
+        "copy_gbs": round(bandwidth / 1e9, 1),
         "torch": torch.__version__,
+        "peers": peer_versions(),
         "commit": checkout_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["hf-linattn", *sys.argv[1:]]),
-        "rows": rows,
     }
-    write_results(output, facts)
+    options = {"shapes": [Shape(*size) for size in sizes] or None, "backends": backends, "skip": skip, "runs": runs}
+    for name in SUITES if suite == "all" else (suite,):
+        try:
+            results = run_suite(name, where, dtype, bandwidth=bandwidth, **options)
+        except ValueError as error:
+            raise UserError(f"--backend: {error}") from error
+        print_bench(results, Console())
+        if output is not None:
+            for path in write_bench(output, facts, {name: results}):
+                logger.info("wrote %s", path)
 
 
 def _write_report(folder: Path, results: dict) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_linattn.attention import LinearAttention
 from hf_linattn.errors import UserError
 from hf_linattn.kernels import init_state, init_window_state
+from hf_linattn.kernels.cuda_library import compiled_build_info, compiled_library_path, compiled_library_problem
 from hf_linattn.kernels.dispatch import explain
 from hf_linattn.layers import attention_modules, linear_attention_modules
 from hf_linattn.loading import locate_model
@@ -105,18 +106,23 @@ def device_name(device: torch.device) -> str:
 
 
 def environment_facts(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str]:
-    """Label -> text: versions, device, and which op backend runs there for `dtype` (default float32) and why.
+    """Label -> text: versions, device, compiled kernels, and which op backend runs there for `dtype` and why.
+
+    Args:
+        device (`torch.device`): where the ops would run.
+        dtype (`torch.dtype`, *optional*): of q, k and v; default bfloat16.
 
     Raises:
         UserError: HF_LINATTN_BACKEND names a backend that does not exist or cannot run.
     """
     try:
-        backend, reason = explain(device, dtype or torch.float32)
+        backend, reason = explain(device, dtype or torch.bfloat16)
     except ValueError as error:
         raise UserError(str(error)) from error
     facts = {"python": platform.python_version()}
     facts |= {name: found for name in PACKAGES if (found := _version(name))}
     facts["device"] = device_name(device)
+    facts["compiled kernels"] = _compiled_kernels()
     facts["op backend"] = f"{backend} ({reason})"
     return facts
 
@@ -193,6 +199,13 @@ def state_bytes(module: LinearAttention, dtype: torch.dtype) -> int:
     else:
         state = init_state(1, heads, features, head_dim, a=module.a, normalize=module.normalize, device="meta")
     return sum(tensor.nbytes for tensor in state if tensor is not None)
+
+
+def _compiled_kernels() -> str:
+    build = compiled_build_info()
+    if build is None:
+        return compiled_library_problem
+    return f"{compiled_library_path()}, for {build['architectures'].replace(',', ', ')}, CUDA {build['cuda']}"
 
 
 def _kv_bytes(module: LinearAttention, dtype: torch.dtype) -> int:

@@ -3,10 +3,23 @@
 from dataclasses import dataclass, replace
 
 import torch
+from numerics import assert_close
+from op_backends import Target, skip_if_refused
+from op_quadratic import quadratic_linear_attention
 from torch import Tensor
 
-from hf_linattn.kernels import init_state, init_window_state, linear_attention, window_linear_attention
+from hf_linattn.kernels import (
+    init_state,
+    init_window_state,
+    linear_attention,
+    linear_attention_step,
+    window_linear_attention,
+    window_linear_attention_step,
+)
 
+# On a GPU the reference is used up to this length, the quadratic form beyond: a token is some 50 launches.
+REFERENCE_TOKENS = 65
+BY_TOKEN = ("q", "k", "v", "phi_q", "phi_k", "g")
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
@@ -61,14 +74,14 @@ def packed(lengths: tuple[int, ...], **fields) -> OpCase:
 def make_inputs(case: OpCase, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     """Inputs of the case by argument name, plus `state.<member>`; positive features, as feature maps give them.
 
-    Values are exact in the case's dtype, so that a float64 run sees the same numbers.
+    Values are exact in the case's dtype, so that a float64 run sees the same numbers. They are drawn on `device`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     acc = torch.float64 if case.dtype == torch.float64 else torch.float32
 
     def draw(*shape: int, dtype: torch.dtype = case.dtype, positive: bool = False) -> Tensor:
-        x = (torch.rand if positive else torch.randn)(shape, generator=generator, dtype=torch.float64)
-        return x.to(dtype).to(device)
+        x = (torch.rand if positive else torch.randn)(shape, generator=generator, dtype=torch.float64, device=device)
+        return x.to(dtype)
 
     features = (case.B, case.T, case.H, case.K), (case.B, case.T, case.H_kv, case.K)
     inputs = {}
@@ -138,7 +151,7 @@ def state_from(case: OpCase, inputs: dict[str, Tensor]) -> tuple | None:
 
 
 def call_op(case: OpCase, inputs: dict[str, Tensor], backend: str | None, **overrides) -> tuple:
-    """(o, final state or None) of the case's op."""
+    """(o, final state or None) of the case's op; backend "quadratic" is tests/op_quadratic.py."""
     tensors = {name: x for name, x in inputs.items() if not name.startswith("state.")}
     options = {"a": case.a, "b": case.b, "scale": case.scale, "output_final_state": True, "backend": backend}
     if case.window:
@@ -146,10 +159,43 @@ def call_op(case: OpCase, inputs: dict[str, Tensor], backend: str | None, **over
     else:
         options |= {"normalize": case.normalize, "causal": case.causal}
     options |= {"initial_state": state_from(case, inputs)} | overrides
+    if backend == "quadratic":
+        for name in ("backend", "output_final_state"):
+            options.pop(name)
+        return quadratic_linear_attention(tensors.pop("q"), tensors.pop("k"), tensors.pop("v"), **tensors, **options)
     op = window_linear_attention if case.window else linear_attention
     positional = ("q", "k", "v", "phi_q", "phi_k") if case.window else ("q", "k", "v")
     first = [tensors.pop(name) for name in positional]
-    return op(*first, **tensors, **options)
+    with skip_if_refused(must_run=_has_hopper_kernel(case)):
+        return op(*first, **tensors, **options)
+
+
+def _has_hopper_kernel(case: OpCase) -> bool:
+    """Whether the Hopper kernels must take the case; those of Ampere take any."""
+    return case.dtype == torch.bfloat16 and case.K in (64, 128) and case.V in (64, 128)
+
+
+def tokens(inputs: dict[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
+    """The inputs of a stretch of tokens; what has no token axis stays."""
+    return {name: x[:, start:end] if name in BY_TOKEN else x for name, x in inputs.items()}
+
+
+def take_steps(case: OpCase, inputs: dict[str, Tensor], state: tuple, start: int, backend: str | None) -> Tensor:
+    """Outputs of one-token steps from `start` to the end; `state` advances in place."""
+    outputs = []
+    for t in range(start, case.T):
+        now = {name: inputs[name][:, t] for name in BY_TOKEN if name in inputs}
+        options = {"g": now.pop("g", None), "a": case.a, "b": case.b, "scale": case.scale, "backend": backend}
+        if "g_gamma" in inputs:
+            options["g_gamma"] = inputs["g_gamma"]
+        if case.window:
+            first = (now[name] for name in ("q", "k", "v", "phi_q", "phi_k"))
+            options |= {"log_scale": inputs.get("log_scale"), "softcap": case.softcap}
+            outputs.append(window_linear_attention_step(*first, state, **options))
+        else:
+            options |= {"normalize": case.normalize}
+            outputs.append(linear_attention_step(now["q"], now["k"], now["v"], state, **options))
+    return torch.stack(outputs, 1)
 
 
 def output_gradient(x: Tensor) -> Tensor:
@@ -157,7 +203,7 @@ def output_gradient(x: Tensor) -> Tensor:
 
     Its values are bfloat16 numbers, so that rounding them is nobody's error.
     """
-    index = torch.arange(1, x.numel() + 1, dtype=torch.float64)
+    index = torch.arange(1, x.numel() + 1, dtype=torch.float64, device=x.device)
     return ((index * 12.9898).sin() * 43758.5453).frac().bfloat16().view(x.shape).to(x)
 
 
@@ -166,23 +212,41 @@ def run_op(case: OpCase, inputs: dict[str, Tensor], backend: str | None, with_gr
     leaves = {}
     for name, x in inputs.items():
         needs = with_grad and x.is_floating_point() and not (case.window and name.startswith("state."))
-        leaves[name] = x.detach().clone().requires_grad_(needs)
+        # The compiled kernels leave the gradient of a decay in half precision to the chunked form.
+        needs &= not (backend == "cuda" and name in ("g", "g_gamma") and case.dtype != torch.float32)
+        # No clone: it would undo the strides of a view.
+        leaves[name] = x.detach().requires_grad_(needs)
     o, final = call_op(case, leaves, backend)
     results = {"o": o}
     results |= {f"final.{n}": x for n, x in zip(final._fields, final, strict=True) if x is not None}
     if with_grad:
-        loss = 0.0
-        for x in results.values():
-            if x.requires_grad:
-                loss = loss + (x * output_gradient(x)).double().sum()
+        terms = [(x * output_gradient(x)).double().sum() for x in results.values() if x.requires_grad]
         wanted = {name: x for name, x in leaves.items() if x.requires_grad}
-        grads = torch.autograd.grad(loss, wanted.values(), allow_unused=True)
+        grads = [None] * len(wanted)
+        # Without tokens the reference reads no input at all.
+        if terms:
+            with skip_if_refused(must_run=_has_hopper_kernel(case)):
+                grads = torch.autograd.grad(sum(terms), wanted.values(), allow_unused=True)
         for (name, x), dx in zip(wanted.items(), grads, strict=True):
             results[f"d{name}"] = torch.zeros_like(x) if dx is None else dx
     return {name: x.detach() for name, x in results.items()}
 
 
 def float64_truth(case: OpCase, inputs: dict[str, Tensor], with_grad: bool = True) -> dict[str, Tensor]:
-    """The reference backend on the same numbers in float64."""
+    """The same numbers in float64, where the inputs are: by the reference, or for long sequences on a GPU by the
+    quadratic form, which is tested against the reference."""
     exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-    return run_op(replace(case, dtype=torch.float64), exact, "reference", with_grad)
+    is_long = inputs["v"].is_cuda and not case.window and case.T > REFERENCE_TOKENS
+    return run_op(replace(case, dtype=torch.float64), exact, "quadratic" if is_long else "reference", with_grad)
+
+
+def check(case: OpCase, inputs: dict[str, Tensor], target: Target, factor: float = 1.0) -> dict[str, Tensor]:
+    """Every output and gradient of the op on `target` is the truth within the tolerance table; returns them."""
+    actual, expected = run_op(case, inputs, target.backend), float64_truth(case, inputs)
+    assert actual.keys() <= expected.keys()
+    assert expected.keys() - actual.keys() <= ({"dg", "dg_gamma"} if target.is_compiled else set())
+    for name, x in expected.items():
+        if name not in actual:
+            continue
+        assert_close(name, actual[name], x, case.dtype, factor, target.backend)
+    return actual

@@ -1,8 +1,10 @@
-"""The results block of README, from the files under evals/results: `python tests/readme_results.py` rewrites it.
+"""The results blocks of README, from the files under evals/results: `python tests/readme_results.py` rewrites them.
 
-tests/test_docs.py fails while the block differs from what the files say, so that no number in it is typed by hand.
+tests/test_docs.py fails while a block differs from what the files say, so that no number in it is typed by hand. The
+block of the kernels is filled once evals/results/kernels holds a file.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from hf_linattn.evals.results_file import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "evals" / "results"
-BLOCK = re.compile(r"(<!-- results -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
+# Rows of the table of the kernels, in this order; the others stay in the file.
+KERNEL_IMPLS = ("ours", "fla", "fla-unnormalized", "mlstm", "sdpa-flash", "sdpa-cudnn")
 VARIANTS = ("teacher", "student", "window_only")
 NONE_YET = "No result is committed yet. `hf-linattn convert` writes the same figures for your own model.\n"
 
@@ -33,12 +36,49 @@ def results_block(folder: Path = RESULTS) -> str:
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def fill(readme: str, block: str) -> str:
-    """`readme` with `block` between its markers."""
-    filled, count = BLOCK.subn(lambda match: match[1] + block + match[3], readme)
+def kernel_results_block(folder: Path = RESULTS) -> str | None:
+    """Markdown for the newest file of evals/results/kernels; None without one."""
+    files = [(json.loads(path.read_text(encoding="utf-8")), path) for path in folder.glob("kernels/*.json")]
+    if not files:
+        return None
+    results, path = max(files, key=lambda found: found[0]["date"])
+    rows = [row for row in results["rows"] if row["suite"] == "bars"]
+    lines = [
+        "| B, H, N, D | | forward, ms | forward + backward, ms | extra memory, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for shape in dict.fromkeys(tuple(row[name] for name in "BHND") for row in rows):
+        of_shape = {row["impl"]: row for row in rows if tuple(row[name] for name in "BHND") == shape}
+        label = ", ".join(map(str, shape))
+        for impl in (impl for impl in KERNEL_IMPLS if impl in of_shape):
+            row = of_shape[impl]
+            cells = " | ".join(_multiple(row, kind) for kind in ("fwd", "fwd_bwd"))
+            extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
+            lines.append(f"| {label} | `{impl}` | {cells} | {extra} |")
+            label = ""
+    where = path.relative_to(ROOT).as_posix()
+    suite = results["suites"]["bars"]
+    peers = ", ".join(f"{name} {version}" for name, version in results["peers"].items())
+    facts = [suite["date"][:10], results["device"], f"torch {results['torch']}", *([peers] if peers else [])]
+    facts += [f"copy {results['copy_gbs']:.0f} GB/s", *([f"commit {suite['commit']}"] if suite["commit"] else [])]
+    note = f"Median of {', '.join(facts)}; in brackets the multiple of the byte floor; `{suite['command']}`; "
+    return "\n".join([*lines, "", f"{note}all figures: [{where}]({where})."]) + "\n"
+
+
+def fill(readme: str, block: str, name: str = "results") -> str:
+    """`readme` with `block` between the markers of this name."""
+    markers = re.compile(rf"(<!-- {name} -->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
+    filled, count = markers.subn(lambda match: match[1] + block + match[3], readme)
     if count != 1:
-        raise ValueError(f"README: expected one <!-- results --> block, found {count}")
+        raise ValueError(f"README: expected one <!-- {name} --> block, found {count}")
     return filled
+
+
+def filled_readme() -> str:
+    """README as the results files say it should read."""
+    readme = fill((ROOT / "README.md").read_text(encoding="utf-8"), results_block())
+    kernels = kernel_results_block()
+    return readme if kernels is None else fill(readme, kernels, "kernel results")
 
 
 def _telling_rows(results: dict) -> list:
@@ -66,6 +106,10 @@ def _note(number: int, path: Path, results: dict) -> str:
     return f"[{number}] {', '.join(facts)}; `{command}`; all figures and commands: [{where}]({where})."
 
 
+def _multiple(row: dict, kind: str) -> str:
+    ms = row[f"{kind}_ms"]
+    return "" if ms is None else f"{ms:.3f} ({ms / row[f'floor_{kind}_ms']:.1f}x)"
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), results_block()), encoding="utf-8")
+    (ROOT / "README.md").write_text(filled_readme(), encoding="utf-8")

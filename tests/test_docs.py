@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from readme_results import fill, results_block
+from readme_results import filled_readme, results_block
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -84,7 +84,7 @@ def test_named_paths_exist(name):
 
 
 def test_results_block_says_what_the_files_say():
-    assert fill(read("README.md"), results_block()) == read("README.md"), "run python tests/readme_results.py"
+    assert filled_readme() == read("README.md"), "run python tests/readme_results.py"
 
 
 def test_results_block_is_made_from_a_results_file(tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
-"""The wheel: one top-level package, the data files the code reads at run time, an entry point, nothing else."""
+"""The wheel: one top-level package, the data files the code reads at run time, an entry point, nothing else but, where
+it can be compiled, the library of the kernels."""
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from email.parser import Parser
@@ -15,18 +18,47 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCE_FOLDERS = ("hf_linattn", "kernels", "conversion", "evals", "recipes")
 
 
+# Answers for its version, and makes empty files of what it is asked to compile and link.
+FAKE_NVCC = """#!/bin/sh
+case "$*" in *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit;; esac
+while [ $# -gt 0 ]; do
+  case "$1" in -o) : > "$2";; -MF) echo "x: " > "$2";; esac
+  shift
+done
+"""
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel built from a copy of the sources: setuptools would leave its build folder in the checkout."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+def source(tmp_path_factory):
+    """A copy of the sources: setuptools would leave its build folder in the checkout."""
+    source = tmp_path_factory.mktemp("source")
     for name in SOURCE_FOLDERS:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    built = subprocess.run([*command, "--wheel-dir", target, source], capture_output=True, text=True, check=False)
+    return source
+
+
+def build_wheel(source, target, **environment):
+    """(the wheel, what the build printed)."""
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-index"]
+    built = subprocess.run(
+        [*command, "--wheel-dir", target, source],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = target.glob("*.whl")
+    return path, built.stdout + built.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    path, printed = build_wheel(source, tmp_path_factory.mktemp("dist"), HF_LINATTN_BUILD_KERNELS="0")
+    assert path.name.endswith("-py3-none-any.whl")
+    assert "kernels: not built, HF_LINATTN_BUILD_KERNELS is 0" in printed
     with zipfile.ZipFile(path) as archive:
         yield archive
 
@@ -59,6 +91,28 @@ def test_wheel_holds_every_file_the_code_reads(wheel, pattern):
 
 def test_wheel_leaves_results_and_sources_of_kernels_out(wheel):
     assert not [name for name in wheel.namelist() if "/results/" in name or "/csrc/" in name or name.endswith(".pyc")]
+
+
+def test_wheel_holds_the_library_where_there_is_a_compiler(wheel, source, tmp_path):
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(FAKE_NVCC)
+    nvcc.chmod(0o755)
+    path, _ = build_wheel(source, tmp_path / "dist", CUDA_HOME=str(tmp_path / "cuda"))
+    library = "hf_linattn/kernels/_hf_linattn_kernels.so"
+    # No version of Python or PyTorch in the tag: the library depends on neither.
+    assert path.name.endswith(f"-py3-none-{sysconfig.get_platform().replace('-', '_')}.whl")
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert sorted(names) == sorted([*(n for n in wheel.namelist() if ".dist-info/" not in n), library])
+        (tags,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        assert "Root-Is-Purelib: false" in archive.read(tags).decode()
+    # The build folder is left as it is; what follows must not find the library there.
+    path, printed = build_wheel(source, tmp_path / "without", CUDA_HOME=str(tmp_path / "nothing"))
+    assert path.name.endswith("-py3-none-any.whl")
+    assert "kernels: not built, there is no bin/nvcc in" in printed
+    with zipfile.ZipFile(path) as archive:
+        assert library not in archive.namelist()
 
 
 def test_wheel_metadata(wheel):

@@ -6,7 +6,13 @@ Every message names the argument, what was expected, what came and the remedy.
 import torch
 from torch import Tensor
 
-from hf_linattn.kernels.state import LinearAttentionState, WindowLinearAttentionState, init_state, init_window_state
+from hf_linattn.kernels.cuda_linear import STEP_MAPS
+from hf_linattn.kernels.state import (
+    LinearAttentionState,
+    WindowLinearAttentionState,
+    linear_state_shapes,
+    window_state_shapes,
+)
 
 OP_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -132,7 +138,7 @@ def check_linear_state(
             f"{name}: expected a LinearAttentionState, got {type(state).__name__}; build it with init_state"
         )
     kv_heads, feature_dim = k.shape[-2:]
-    expected = init_state(num_sequences, kv_heads, feature_dim, v.shape[-1], a=a, normalize=normalize, device="meta")
+    expected = linear_state_shapes(num_sequences, kv_heads, feature_dim, v.shape[-1], a=a, normalize=normalize)
     _check_state_members(name, state, expected, "init_state", k)
 
 
@@ -156,16 +162,8 @@ def check_window_state(
             f"{name}: expected a WindowLinearAttentionState, got {type(state).__name__}; "
             "build it with init_window_state"
         )
-    expected = init_window_state(
-        num_sequences,
-        k.shape[-2],
-        k.shape[-1],
-        phi_k.shape[-1],
-        v.shape[-1],
-        window=window,
-        a=a,
-        decay=decay,
-        device="meta",
+    expected = window_state_shapes(
+        num_sequences, k.shape[-2], k.shape[-1], phi_k.shape[-1], v.shape[-1], window=window, a=a, decay=decay
     )
     _check_state_members(name, state, expected, "init_window_state", k)
     if any(x is not None and x.requires_grad for x in state):
@@ -183,17 +181,26 @@ def check_window_scalars(window: int, softcap: float | None) -> None:
         raise ValueError(f"softcap: expected a positive bound or None, got {softcap}; pass None to switch it off")
 
 
+def check_feature_map(feature_map: str | None) -> None:
+    """One of the maps that the step op applies itself, or None."""
+    if feature_map not in STEP_MAPS:
+        raise ValueError(
+            f"feature_map: expected one of {', '.join(filter(None, STEP_MAPS))} or None, got {feature_map!r}; "
+            "apply other maps before the call"
+        )
+
+
 def _check_state_members(name: str, state: tuple, expected: tuple, builder: str, like: Tensor) -> None:
     for field, x, want in zip(state._fields, state, expected, strict=True):
         if (x is None) != (want is None):
-            wanted, got = ("None", "a tensor") if want is None else (f"shape {tuple(want.shape)}", "None")
+            wanted, got = ("None", "a tensor") if want is None else (f"shape {want}", "None")
             raise ValueError(
                 f"{name}.{field}: expected {wanted} for these a, normalize and decay, got {got}; "
                 f"build the state with {builder} and the same arguments"
             )
-        if x is not None and x.shape != want.shape:
+        if x is not None and x.shape != want:
             raise ValueError(
-                f"{name}.{field}: expected shape {tuple(want.shape)}, got {tuple(x.shape)}; "
+                f"{name}.{field}: expected shape {want}, got {tuple(x.shape)}; "
                 f"build the state with {builder} for these inputs"
             )
         if x is not None and x.device != like.device:

@@ -11,15 +11,26 @@ import os
 import torch
 from torch import Tensor
 
+from hf_linattn.kernels.cuda_library import compiled_kernels_problem
+
 BACKENDS = ("reference", "chunked", "cuda")
 BACKEND_VARIABLE = "HF_LINATTN_BACKEND"
-CUDA_UNAVAILABLE = "the compiled kernels are not part of this version"
 
 _dispatch_logger = logging.getLogger("hf_linattn.kernels")
-_dispatch_logged: set[tuple[str, str, str]] = set()
+_dispatch_logged: set[tuple[str, str, str, str]] = set()
+_dispatch_known: dict[tuple, str] = {}
 
 
-def explain(device: torch.device | str, dtype: torch.dtype, backend: str | None = None) -> tuple[str, str]:
+def explain(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    backend: str | None = None,
+    *,
+    op: str = "linear_attention",
+    feature_dim: int | None = None,
+    value_dim: int | None = None,
+    needs_decay_gradient: bool = False,
+) -> tuple[str, str]:
     """Name the backend that runs for tensors of this device and dtype, and the reason.
 
     Args:
@@ -27,9 +38,13 @@ def explain(device: torch.device | str, dtype: torch.dtype, backend: str | None 
         dtype: dtype of q, k, v.
         backend: the op's `backend` argument; None lets the environment variable HF_LINATTN_BACKEND, and without it
             the dispatcher, choose.
+        op: name of the op.
+        feature_dim: K, last dimension of q and k; None asks for a size that the compiled kernels take.
+        value_dim: V, last dimension of v; None as for `feature_dim`.
+        needs_decay_gradient: g or g_gamma requires grad.
 
     Returns:
-        (backend, reason), for example `("chunked", "default for bfloat16 on cuda: ...")`.
+        (backend, reason), for example `("chunked", "default for bfloat16 on cpu: ...")`.
 
     Raises:
         ValueError: for an unknown backend, or one that cannot run here; the text gives the reason.
@@ -37,25 +52,44 @@ def explain(device: torch.device | str, dtype: torch.dtype, backend: str | None 
     origin = "backend argument"
     if backend is None:
         backend, origin = os.environ.get(BACKEND_VARIABLE) or None, f"environment variable {BACKEND_VARIABLE}"
-    device_type = torch.device(device).type
-    if backend is None:
-        return "chunked", f"default for {str(dtype).removeprefix('torch.')} on {device_type}: {CUDA_UNAVAILABLE}"
-    if backend not in BACKENDS:
+    if backend not in (None, *BACKENDS):
         raise ValueError(
             f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r} from the {origin}; correct it"
         )
+    if backend in ("reference", "chunked"):
+        return backend, f"chosen by the {origin}"
+    device = torch.device(device)
+    problem = compiled_kernels_problem(device, dtype, op, feature_dim, value_dim)
+    if problem is None and needs_decay_gradient and dtype != torch.float32:
+        # It is the end of a sum over all later tokens of differences that nearly cancel: rounding drowns it.
+        problem = "the compiled kernels form the gradient of a decay for float32 only"
     if backend == "cuda":
-        raise ValueError(f"backend: 'cuda' was asked for by the {origin}, but {CUDA_UNAVAILABLE}; use 'chunked'")
-    return backend, f"chosen by the {origin}"
+        if problem is not None:
+            raise ValueError(f"backend: 'cuda' was asked for by the {origin}, but {problem}; use 'chunked'")
+        return backend, f"chosen by the {origin}"
+    default = f"default for {str(dtype).removeprefix('torch.')} on {device.type}"
+    return ("cuda", f"{default}: the compiled kernels") if problem is None else ("chunked", f"{default}: {problem}")
 
 
-def choose_backend(q: Tensor, backend: str | None) -> str:
-    """The backend for this call; says so once per backend and kind of device."""
-    chosen, reason = explain(q.device, q.dtype, backend)
-    if not torch.compiler.is_compiling() and (chosen, q.device.type, reason) not in _dispatch_logged:
-        _dispatch_logged.add((chosen, q.device.type, reason))
-        _dispatch_logger.info("linear attention on %s runs %s (%s)", q.device.type, chosen, reason)
+def choose_backend(op: str, q: Tensor, v: Tensor, backend: str | None, decay: Tensor | None = None) -> str:
+    """The backend for this call of `op`; says so once per op, backend and kind of device."""
+    needs_dg = decay is not None and decay.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        return _explain_call(op, q, v, backend, needs_dg)[0]
+    key = (op, q.device, q.dtype, q.shape[-1], v.shape[-1], backend, os.environ.get(BACKEND_VARIABLE), needs_dg)
+    chosen = _dispatch_known.get(key)
+    if chosen is None:
+        chosen, reason = _explain_call(op, q, v, backend, needs_dg)
+        _dispatch_known[key] = chosen
+        if (op, chosen, q.device.type, reason) not in _dispatch_logged:
+            _dispatch_logged.add((op, chosen, q.device.type, reason))
+            _dispatch_logger.info("%s on %s runs %s (%s)", op, q.device.type, chosen, reason)
     return chosen
+
+
+def _explain_call(op: str, q: Tensor, v: Tensor, backend: str | None, needs_dg: bool) -> tuple[str, str]:
+    dims = {"feature_dim": q.shape[-1], "value_dim": v.shape[-1]}
+    return explain(q.device, q.dtype, backend, op=op, needs_decay_gradient=needs_dg, **dims)
 
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:

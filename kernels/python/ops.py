@@ -7,12 +7,15 @@ Formulas: f(s) = a + b s, arXiv 2510.21956; the hybrid with one denominator foll
 merged in log space.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
 from hf_linattn.kernels.checks import (
     check_cu_seqlens,
     check_decay,
+    check_feature_map,
     check_features,
     check_head_parameter,
     check_linear_state,
@@ -22,7 +25,8 @@ from hf_linattn.kernels.checks import (
 )
 from hf_linattn.kernels.chunked_linear import chunked_linear_attention
 from hf_linattn.kernels.chunked_window import chunked_window_linear_attention
-from hf_linattn.kernels.dispatch import autocast_off, choose_backend
+from hf_linattn.kernels.cuda_linear import cuda_linear_attention, cuda_linear_attention_step, cuda_step_takes
+from hf_linattn.kernels.dispatch import BACKEND_VARIABLE, autocast_off, choose_backend
 from hf_linattn.kernels.reference import reference_linear_attention, reference_window_linear_attention
 from hf_linattn.kernels.state import LinearAttentionState, WindowLinearAttentionState
 from hf_linattn.kernels.step import recurrent_linear_attention_step, recurrent_window_linear_attention_step
@@ -85,22 +89,21 @@ def linear_attention(
         raise ValueError("causal: expected True together with initial_state, got False; pass all keys at once instead")
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     check_linear_state("initial_state", initial_state, num_sequences, k, v, a=a, normalize=normalize)
-    chosen = choose_backend(q, backend)
+    options = {
+        "a": float(a),
+        "b": float(b * scale),
+        "normalize": normalize,
+        "causal": causal,
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    chosen = choose_backend("linear_attention", q, v, backend, decay)
+    if chosen == "cuda":
+        return cuda_linear_attention(q, k, v, decay, **options)
     run = reference_linear_attention if chosen == "reference" else chunked_linear_attention
     with autocast_off(q.device):
-        return run(
-            q,
-            k,
-            v,
-            decay,
-            a=float(a),
-            b=float(b * scale),
-            normalize=normalize,
-            causal=causal,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-        )
+        return run(q, k, v, decay, **options)
 
 
 def window_linear_attention(
@@ -169,7 +172,7 @@ def window_linear_attention(
     check_window_state(
         "initial_state", initial_state, num_sequences, k, v, phi_k, window=window, a=a, decay=decay is not None
     )
-    chosen = choose_backend(q, backend)
+    chosen = choose_backend("window_linear_attention", q, v, backend)
     run = reference_window_linear_attention if chosen == "reference" else chunked_window_linear_attention
     with autocast_off(q.device):
         return run(
@@ -204,6 +207,7 @@ def linear_attention_step(
     a: float = 0.0,
     b: float = 1.0,
     normalize: bool = True,
+    feature_map: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """One token of `linear_attention`; `state` is updated in place. Inference only, CUDA-graph-capturable.
@@ -216,6 +220,8 @@ def linear_attention_step(
         g: `[B, H_kv]` float32 log decay of this token.
         g_gamma: `[H_kv]` float32 fixed log decay, instead of `g`.
         scale, a, b, normalize: as in `linear_attention`; they must stay the same for the life of a state.
+        feature_map: map applied to q and k on the way in, in the precision of the state: "elu" (elu(x) + 1), "relu",
+            "l2" (x / max(|x|, 1e-12)), or None for q and k that are features already.
         backend: None, "reference" or "chunked" (both run the same recurrence), or "cuda".
 
     Returns:
@@ -226,10 +232,16 @@ def linear_attention_step(
     """
     check_qkv("q k v", q, k, v, 3)
     decay = check_decay(g, g_gamma, k)
+    check_feature_map(feature_map)
     check_linear_state("state", state, q.shape[0], k, v, a=a, normalize=normalize)
-    choose_backend(q, backend)
+    options = {"a": float(a), "b": float(b * scale), "normalize": normalize, "feature_map": feature_map}
+    if choose_backend("linear_attention_step", q, v, backend) == "cuda":
+        if cuda_step_takes(state):
+            return cuda_linear_attention_step(q, k, v, decay, state, **options)
+        if (backend or os.environ.get(BACKEND_VARIABLE)) == "cuda":
+            raise ValueError("state: expected contiguous float32 tensors for backend 'cuda'; make them so or use None")
     with autocast_off(q.device):
-        return recurrent_linear_attention_step(q, k, v, decay, state, a=a, b=b * scale, normalize=normalize)
+        return recurrent_linear_attention_step(q, k, v, decay, state, **options)
 
 
 @torch.no_grad()
@@ -289,7 +301,7 @@ def window_linear_attention_step(
     window = state.window_k.shape[1]
     check_window_scalars(window, softcap)
     check_window_state("state", state, q.shape[0], k, v, phi_k, window=window, a=a, decay=decay is not None)
-    choose_backend(q, backend)
+    choose_backend("window_linear_attention_step", q, v, backend)
     with autocast_off(q.device):
         return recurrent_window_linear_attention_step(
             q, k, v, phi_q, phi_k, decay, state, log_scale, scale=scale, a=a, b=b, softcap=softcap

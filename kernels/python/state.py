@@ -78,15 +78,9 @@ def init_state(
         dtype: dtype of the sums; leave at float32 unless inputs are float64.
         device: where to put it.
     """
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(num_sequences, num_kv_heads, *shape, dtype=dtype, device=device)
-
+    shapes = linear_state_shapes(num_sequences, num_kv_heads, feature_dim, value_dim, a=a, normalize=normalize)
     return LinearAttentionState(
-        kv=zeros(feature_dim, value_dim),
-        key_sum=zeros(feature_dim) if normalize else None,
-        value_sum=zeros(value_dim) if a != 0 else None,
-        weight_sum=zeros() if normalize and a != 0 else None,
+        *(None if shape is None else torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
     )
 
 
@@ -119,21 +113,52 @@ def init_window_state(
         state_dtype: dtype of the sums; leave at float32 unless inputs are float64.
         device: where to put it.
     """
-    sums = init_state(
-        num_sequences, num_kv_heads, feature_dim, value_dim, a=a, normalize=True, dtype=state_dtype, device=device
+    shapes = window_state_shapes(
+        num_sequences, num_kv_heads, head_dim, feature_dim, value_dim, window=window, a=a, decay=decay
+    )
+    dtypes = (*[state_dtype] * 4, dtype, dtype, dtype, state_dtype, torch.bool, torch.int64)
+    return WindowLinearAttentionState(
+        *(
+            None if shape is None else torch.zeros(shape, dtype=kind, device=device)
+            for shape, kind in zip(shapes, dtypes, strict=True)
+        )
     )
 
-    def ring(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(num_sequences, window, *shape, dtype=dtype, device=device)
 
-    return WindowLinearAttentionState(
-        *sums,
-        window_k=ring(num_kv_heads, head_dim),
-        window_v=ring(num_kv_heads, value_dim),
-        window_phi_k=ring(num_kv_heads, feature_dim),
-        window_g=ring(num_kv_heads, dtype=state_dtype) if decay else None,
-        window_valid=ring(dtype=torch.bool),
-        slot=torch.zeros((), dtype=torch.int64, device=device),
+def linear_state_shapes(
+    num_sequences: int, num_kv_heads: int, feature_dim: int, value_dim: int, *, a: float, normalize: bool
+) -> tuple[tuple[int, ...] | None, ...]:
+    """Shape of each member of a `LinearAttentionState`, None for an absent one; arguments as in `init_state`."""
+    heads = (num_sequences, num_kv_heads)
+    return (
+        (*heads, feature_dim, value_dim),
+        (*heads, feature_dim) if normalize else None,
+        (*heads, value_dim) if a != 0 else None,
+        heads if normalize and a != 0 else None,
+    )
+
+
+def window_state_shapes(
+    num_sequences: int,
+    num_kv_heads: int,
+    head_dim: int,
+    feature_dim: int,
+    value_dim: int,
+    *,
+    window: int,
+    a: float,
+    decay: bool,
+) -> tuple[tuple[int, ...] | None, ...]:
+    """As `linear_state_shapes`, for a `WindowLinearAttentionState`; arguments as in `init_window_state`."""
+    ring = (num_sequences, window, num_kv_heads)
+    return (
+        *linear_state_shapes(num_sequences, num_kv_heads, feature_dim, value_dim, a=a, normalize=True),
+        (*ring, head_dim),
+        (*ring, value_dim),
+        (*ring, feature_dim),
+        ring if decay else None,
+        ring[:2],
+        (),
     )
 
 

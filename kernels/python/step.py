@@ -6,10 +6,18 @@ gradient flows through a step.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_linattn.kernels.reference import guarded_denominator, merge_window_and_linear
 from hf_linattn.kernels.state import LinearAttentionState, WindowLinearAttentionState, linear_sums
+
+_STEP_FEATURE_MAPS = {
+    None: lambda x: x,
+    "elu": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "l2": lambda x: F.normalize(x, dim=-1),
+}
 
 
 def recurrent_linear_attention_step(
@@ -22,11 +30,12 @@ def recurrent_linear_attention_step(
     a: float,
     b: float,
     normalize: bool,
+    feature_map: str | None,
 ) -> Tensor:
     """See `hf_linattn.kernels.linear_attention_step`; arguments are already checked."""
-    acc = state.kv.dtype
-    _step_add_token(state, k.to(acc), v.to(acc), None if g is None else g.to(acc).exp())
-    num, den = _step_read(state, q.to(acc), a, b, normalize)
+    acc, apply_map = state.kv.dtype, _STEP_FEATURE_MAPS[feature_map]
+    _step_add_token(state, apply_map(k.to(acc)), v.to(acc), None if g is None else g.to(acc).exp())
+    num, den = _step_read(state, apply_map(q.to(acc)), a, b, normalize)
     o = num if den is None else num / guarded_denominator(den)[..., None]
     return o.flatten(1, 2).to(q.dtype)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from op_backends import on
 from op_inputs import OpCase, call_op, empty_state, make_inputs
 
 from hf_linattn.kernels import (
@@ -44,7 +45,7 @@ BAD_LINEAR = [
     ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 9])}, ValueError),
     ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 8], device="meta")}, ValueError),
     ("backend", {"backend": "triton"}, ValueError),
-    ("backend", {"backend": "cuda"}, ValueError),
+    ("backend", {"backend": "cuda", "q": torch.ones(1, 8, 4, 300), "k": torch.ones(1, 8, 2, 300)}, ValueError),
 ]
 BAD_WINDOW = [
     ("window", {"window": 0}, ValueError),
@@ -108,16 +109,44 @@ def test_the_choice_of_backend_is_explained_and_logged_once(monkeypatch, caplog)
             call_op(LINEAR, inputs, None)
     assert sum("reference" in record.message for record in caplog.records) == 1
     monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="not part of this version"):
-        call_op(LINEAR, inputs, None)
+    with pytest.raises(ValueError, match=r"^backend: 'cuda' was asked for by the environment variable"):
+        call_op(replace(LINEAR, dtype=torch.float64), make_inputs(replace(LINEAR, dtype=torch.float64)), None)
 
 
-def test_autocast_does_not_lower_the_precision():
-    inputs = make_inputs(LINEAR)
+@on("cuda-cuda")
+def test_the_compiled_kernels_run_where_they_can(target, caplog):
+    half = explain(target.device, torch.bfloat16)
+    assert half[0] == "cuda", half[1]
+    double = explain(target.device, torch.float64)
+    assert double[0] == "chunked"
+    assert "float64" in double[1]
+    assert explain(target.device, torch.bfloat16, feature_dim=257)[0] == "chunked"
+    assert explain(target.device, torch.bfloat16, op="window_linear_attention")[0] == "chunked"
+    case = replace(LINEAR, K=260)
+    with caplog.at_level(logging.INFO, "hf_linattn.kernels"):
+        call_op(case, make_inputs(case, device=target.device), None)
+    assert any("256" in record.message and "chunked" in record.message for record in caplog.records)
+    with pytest.raises(ValueError, match=r"^backend: 'cuda' was asked for by the backend argument"):
+        call_op(case, make_inputs(case, device=target.device), "cuda")
+    inputs = make_inputs(LINEAR, device=target.device)
+    with pytest.raises(ValueError, match=r"^k: "):
+        call_op(LINEAR, inputs | {"k": inputs["k"].cpu()}, "cuda")
+
+
+@on("cuda-cuda")
+def test_an_unknown_kernel_path_is_refused(target, monkeypatch):
+    monkeypatch.setenv("HF_LINATTN_CUDA_PATH", "sm75")
+    with pytest.raises(ValueError, match=r"^HF_LINATTN_CUDA_PATH: .*sm75"):
+        call_op(LINEAR, make_inputs(LINEAR, device=target.device), "cuda")
+
+
+@on("chunked-*", "cuda-cuda")
+def test_autocast_does_not_lower_the_precision(target):
+    inputs = make_inputs(LINEAR, device=target.device)
     leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
-    plain = linear_attention(*leaves)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        under = linear_attention(*leaves)[0]
+    plain = linear_attention(*leaves, backend=target.backend)[0]
+    with torch.autocast(target.device, torch.bfloat16):
+        under = linear_attention(*leaves, backend=target.backend)[0]
         grads = torch.autograd.grad(under.sum(), leaves)
     assert torch.equal(under, plain)
     for dx, expected in zip(grads, torch.autograd.grad(plain.sum(), leaves), strict=True):

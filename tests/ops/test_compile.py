@@ -1,12 +1,13 @@
-"""torch.compile(fullgraph=True) and CUDA graphs."""
+"""torch.compile(fullgraph=True), CUDA graphs, streams, devices, and what torch.library asks of an op."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from op_backends import CAPABILITY, on, pairs, targets
 from op_inputs import OpCase, call_op, empty_state, make_inputs, output_gradient, run_op
 
-from hf_linattn.kernels import linear_attention_step, window_linear_attention_step
+from hf_linattn.kernels import linear_attention, linear_attention_step, window_linear_attention_step
 
 LINEAR = OpCase(B=1, T=70, decay="scalar", a=0.5)
 WINDOW = OpCase(B=1, T=70, decay="fixed", window=16, softcap=3.0)
@@ -17,6 +18,13 @@ ALL = [
     WINDOW,
     replace(WINDOW, state=True),
 ]
+HALF = replace(LINEAR, K=64, V=64, dtype=torch.bfloat16, scale=0.1)
+COMPILED = [
+    HALF,
+    replace(HALF, causal=False, decay=None),
+    replace(HALF, state=True),
+    replace(HALF, B=1, T=70, lengths=(30, 0, 40), normalize=False),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -26,20 +34,38 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
-def test_dense_forward_and_backward_are_one_graph(case):
-    inputs = make_inputs(case)
-    expected = run_op(case, inputs, "chunked")
+@pairs((ALL, targets("chunked-cpu")), (COMPILED, targets("cuda-*")))
+def test_forward_and_backward_are_one_graph(case, target):
+    inputs = make_inputs(case, device=target.device)
+    expected = run_op(case, inputs, target.backend)
     leaves = {n: x.clone().requires_grad_(n in ("q", "k", "v")) for n, x in inputs.items()}
-    compiled = torch.compile(lambda x: call_op(case, x, None), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x: call_op(case, x, target.backend), fullgraph=True, backend="aot_eager")
     o, final = compiled(leaves)
     torch.testing.assert_close(o, expected["o"])
     assert all(x is None or torch.equal(x, expected[f"final.{n}"]) for n, x in zip(final._fields, final, strict=True))
-    eager, _ = call_op(case, leaves, "chunked")
+    eager, _ = call_op(case, leaves, target.backend)
     wanted = [leaves[name] for name in ("q", "k", "v")]
     grads, eager_grads = (torch.autograd.grad((x * output_gradient(x)).sum(), wanted) for x in (o, eager))
     for dx, eager_dx in zip(grads, eager_grads, strict=True):
         torch.testing.assert_close(dx, eager_dx)
+
+
+@on("cuda-cuda")
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_new_lengths_do_not_recompile(target, compiler):
+    case = replace(HALF, decay=None)
+
+    def loss(q, k, v):
+        return linear_attention(q, k, v, scale=case.scale, a=case.a)[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (70, 64, 200, 1000, 257):
+            inputs = make_inputs(replace(case, T=length), device=target.device)
+            leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
+            grads, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
+            for dx, eager_dx in zip(grads, expected, strict=True):
+                torch.testing.assert_close(dx, eager_dx, rtol=2e-2, atol=2e-2)
 
 
 def step_arguments(case: OpCase, inputs: dict, t: int) -> tuple:
@@ -47,41 +73,124 @@ def step_arguments(case: OpCase, inputs: dict, t: int) -> tuple:
     return tuple(inputs[name][:, t] for name in names)
 
 
-def take_step(case: OpCase, arguments: tuple, state: tuple) -> torch.Tensor:
+def take_step(case: OpCase, arguments: tuple, state: tuple, backend: str | None) -> torch.Tensor:
     if case.window:
-        return window_linear_attention_step(*arguments, state, scale=case.scale, a=case.a)
-    return linear_attention_step(*arguments, state, scale=case.scale, a=case.a)
+        return window_linear_attention_step(*arguments, state, scale=case.scale, a=case.a, backend=backend)
+    return linear_attention_step(*arguments, state, scale=case.scale, a=case.a, backend=backend)
 
 
-@pytest.mark.parametrize("case", [LINEAR, WINDOW], ids=["linear", "window"])
-def test_step_is_one_graph(case):
+@pairs(([LINEAR, WINDOW], targets("chunked-cpu")), ([HALF], targets("cuda-cuda")))
+def test_step_is_one_graph(case, target):
     case = replace(case, decay=None, T=20)
-    inputs, states = make_inputs(case), [empty_state(case) for _ in range(2)]
-    compiled = torch.compile(lambda x, s: take_step(case, x, s), fullgraph=True, backend="aot_eager")
+    inputs, states = make_inputs(case, device=target.device), [empty_state(case, target.device) for _ in range(2)]
+    compiled = torch.compile(lambda x, s: take_step(case, x, s, target.backend), fullgraph=True, backend="aot_eager")
     for t in range(case.T):
         arguments = step_arguments(case, inputs, t)
-        torch.testing.assert_close(compiled(arguments, states[0]), take_step(case, arguments, states[1]))
+        expected = take_step(case, arguments, states[1], target.backend)
+        torch.testing.assert_close(compiled(arguments, states[0]), expected)
     for x, y in zip(*states, strict=True):
         assert x is None or torch.equal(x, y)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", [LINEAR, WINDOW], ids=["linear", "window"])
-def test_step_is_captured_in_a_cuda_graph(case):
+@pairs(([LINEAR, WINDOW], targets("chunked-cuda")), ([LINEAR, HALF, replace(HALF, B=3, K=128)], targets("cuda-cuda")))
+def test_step_is_captured_in_a_cuda_graph(case, target):
     case = replace(case, decay=None, T=40)
     inputs, eager_state = make_inputs(case, device="cuda"), empty_state(case, "cuda")
     state = empty_state(case, "cuda")
     arguments = tuple(x.clone() for x in step_arguments(case, inputs, 0))
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        take_step(case, arguments, empty_state(case, "cuda"))
+        take_step(case, arguments, empty_state(case, "cuda"), target.backend)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o = take_step(case, arguments, state)
+        o = take_step(case, arguments, state, target.backend)
     for t in range(case.T):
         for x, new in zip(arguments, step_arguments(case, inputs, t), strict=True):
             x.copy_(new)
         graph.replay()
-        torch.testing.assert_close(o, take_step(case, step_arguments(case, inputs, t), eager_state))
+        expected = take_step(case, step_arguments(case, inputs, t), eager_state, target.backend)
+        torch.testing.assert_close(o, expected)
+    for x, y in zip(state, eager_state, strict=True):
+        assert x is None or torch.equal(x, y)
+
+
+@on("cuda-*", "chunked-cuda")
+def test_work_is_queued_on_the_current_stream(target):
+    case = replace(HALF, T=500)
+    inputs = make_inputs(case, device="cuda")
+    expected = run_op(case, inputs, target.backend)
+    late = {n: torch.full_like(x, torch.nan) for n, x in inputs.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # Inputs arrive some milliseconds after the op is called: on any other stream it reads NaN.
+        torch.cuda._sleep(20_000_000)
+        for name, x in inputs.items():
+            late[name].copy_(x)
+        actual = run_op(case, late, target.backend)
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, expected[name]) for name, x in actual.items())
+
+
+@on("cuda-*")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_inputs_on_the_device_that_is_not_current(target):
+    case = replace(HALF, T=200)
+    inputs = make_inputs(case, device="cuda:0")
+    expected = run_op(case, inputs, target.backend)
+    actual = run_op(case, {n: x.to("cuda:1") for n, x in inputs.items()}, target.backend)
+    assert torch.cuda.current_device() == 0
+    for name, x in actual.items():
+        assert x.device == torch.device("cuda:1")
+        assert torch.equal(x.cpu(), expected[name].cpu()), name
+
+
+def op_arguments(case: OpCase, inputs: dict) -> tuple:
+    """Arguments of torch.ops.hf_linattn.linear_attention_forward."""
+    first = [inputs.get(f"state.{member}") for member in ("kv", "key_sum", "value_sum", "weight_sum")]
+    tensors = [inputs.get(name) for name in ("q", "k", "v", "g")] + first + [inputs.get("cu_seqlens")]
+    keep_residual = True
+    return (*tensors, case.a, case.b * case.scale, case.normalize, case.causal, True, keep_residual, 0)
+
+
+@pairs(([*COMPILED, replace(HALF, state=True, a=0.0)], targets("cuda-cuda")))
+def test_forward_op_keeps_the_rules_of_torch_library(case, target):
+    inputs = make_inputs(case, device=target.device)
+    for with_grad in (False, True):
+        leaves = {n: x.detach().requires_grad_(with_grad and x.is_floating_point()) for n, x in inputs.items()}
+        torch.library.opcheck(torch.ops.hf_linattn.linear_attention_forward.default, op_arguments(case, leaves))
+
+
+@pairs((COMPILED[:3], targets("cuda-cuda")))
+def test_backward_op_keeps_the_rules_of_torch_library(case, target):
+    inputs = make_inputs(case, device=target.device)
+    arguments = op_arguments(case, inputs)
+    o, den, residual, *final = torch.ops.hf_linattn.linear_attention_forward.default(*arguments)
+    den, residual = (x if x.numel() else None for x in (den, residual))
+    final = [x if x.numel() else None for x in final]
+    given = [None if x is None else torch.rand_like(x) for x in final]
+    with_dg = case.decay is not None
+    arguments = (torch.rand_like(o), *arguments[:3], o, den, residual, arguments[3], *arguments[4:8], *given, *final)
+    arguments += (None, case.a, case.b * case.scale, case.normalize, case.causal, with_dg, case.state, 0)
+    torch.library.opcheck(torch.ops.hf_linattn.linear_attention_backward.default, arguments)
+
+
+@pairs(([HALF, replace(HALF, decay=None, a=0.0, normalize=False)], targets("cuda-cuda")))
+def test_step_op_keeps_the_rules_of_torch_library(case, target):
+    inputs, state = make_inputs(case, device=target.device), empty_state(case, target.device)
+    now = [inputs[name][:, 0] if name in inputs else None for name in ("q", "k", "v", "g")]
+    arguments = (*now, *state, case.a, case.b * case.scale, case.normalize, 0)
+    torch.library.opcheck(torch.ops.hf_linattn.linear_attention_step.default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(CAPABILITY != 90, reason="needs a CUDA device of compute capability 9.0")
+def test_hopper_takes_its_own_kernels(monkeypatch):
+    monkeypatch.delenv("HF_LINATTN_CUDA_PATH", raising=False)
+    for dim in (64, 128):
+        inputs = make_inputs(replace(HALF, K=dim, V=dim, decay=None), device="cuda")
+        q, k, v = (inputs[name] for name in ("q", "k", "v"))
+        assert torch.ops.hf_linattn.linear_attention_path(q, k, v, None, 0.0, 1.0, True, True, 0) == 2
+        assert torch.ops.hf_linattn.linear_attention_path(q, k, v, None, 0.0, 1.0, True, True, 1) == 1

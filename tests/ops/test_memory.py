@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from op_backends import Target, on
 from op_inputs import OpCase, call_op, make_inputs
 
-from hf_linattn.evals.bench import LiveBytes
+from hf_linattn.evals.bench_timing import LiveBytes
 
 
-def measure(case: OpCase) -> tuple[int, int]:
+def measure(case: OpCase, target: Target) -> tuple[int, int]:
     """(bytes saved for the backward beyond the inputs, peak bytes allocated by forward and backward)."""
-    inputs = {name: x.requires_grad_() for name, x in make_inputs(case).items()}
+    inputs = {name: x.requires_grad_() for name, x in make_inputs(case, device=target.device).items()}
     own = {x.data_ptr() for x in inputs.values()}
     saved: dict[int, int] = {}
 
@@ -19,7 +20,7 @@ def measure(case: OpCase) -> tuple[int, int]:
         return x
 
     with LiveBytes() as live, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        o, _ = call_op(case, inputs, "chunked", output_final_state=False)
+        o, _ = call_op(case, inputs, target.backend, output_final_state=False)
         o.backward(torch.ones_like(o))
     return sum(saved.values()), live.peak
 
@@ -29,7 +30,7 @@ def measure(case: OpCase) -> tuple[int, int]:
 def test_memory_is_linear_in_tokens_and_dimension(window, decay):
     def at(tokens: int, dim: int) -> tuple[int, int]:
         case = OpCase(B=1, T=tokens, H=2, H_kv=1, D=dim, K=dim, V=dim, window=window, decay=decay)
-        return measure(case)
+        return measure(case, Target("chunked", "cpu"))
 
     base, wide, long = at(1024, 64), at(1024, 128), at(2048, 64)
     assert base[0] > 0
@@ -38,7 +39,31 @@ def test_memory_is_linear_in_tokens_and_dimension(window, decay):
         assert longer / narrow < 2.2, f"{kind} bytes: x{longer / narrow:.2f} when T doubles"
 
 
-def test_saved_bytes_are_output_and_denominators():
+@on("chunked-cpu", "cuda-cuda")
+def test_saved_bytes_are_output_and_denominators(target):
     case = OpCase(B=1, T=1024, H=4, H_kv=2, K=64, V=32)
-    saved, _ = measure(case)
+    saved, _ = measure(case, target)
     assert saved == case.T * case.H * (case.V + 1) * 4
+
+
+@on("cuda-*")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_compiled_kernels_need_little_beyond_their_results(target, dim, causal):
+    # A budget of two tensors of q's size: FLA's normalised op takes fifteen, the states of every chunk alone K / 64.
+    case = OpCase(B=4, T=4096, H=16, H_kv=16, K=dim, V=dim, dtype=torch.bfloat16, causal=causal)
+    inputs = make_inputs(case, device=target.device)
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
+    do = torch.rand_like(leaves[2])
+
+    def both() -> tuple[torch.Tensor, ...]:
+        o, _ = call_op(case, inputs, target.backend, output_final_state=False)
+        return o, *torch.autograd.grad(o, leaves, do)
+
+    both()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = both()
+    extra = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
+    assert extra <= 2 * do.nbytes, f"{extra / do.nbytes:.2f} tensors of q's size"

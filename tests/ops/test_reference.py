@@ -1,11 +1,11 @@
-"""The reference itself: against the dense quadratic form, and its gradients against finite differences."""
+"""The references themselves: token by token against the quadratic form, and gradients against finite differences."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from numerics import assert_close
-from op_inputs import OpCase, call_op, make_inputs, run_op
+from op_inputs import OpCase, call_op, make_inputs, packed, run_op
 
 FP64 = torch.float64
 TINY = OpCase(B=1, T=5, H=2, H_kv=1, D=2, K=3, V=2, dtype=FP64, b=0.7)
@@ -31,17 +31,32 @@ def decay_matrix(case: OpCase, inputs: dict) -> torch.Tensor:
     return (total[..., :, None] - total[..., None, :]).exp().tril()
 
 
-@pytest.mark.parametrize("decay", [None, "fixed", "scalar"])
-@pytest.mark.parametrize(("normalize", "causal"), [(True, True), (False, True), (True, False)])
-def test_linear_reference_is_the_quadratic_form(decay, normalize, causal):
-    case = OpCase(T=20, dtype=FP64, decay=decay if causal else None, normalize=normalize, causal=causal, a=0.5, b=0.7)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(
+            OpCase(
+                T=20, dtype=FP64, decay=d if c else None, normalize=n, causal=c, a=0.5, b=0.7, state=c and d != "fixed"
+            )
+            for d in (None, "fixed", "scalar")
+            for n, c in ((True, True), (False, True), (True, False))
+        ),
+        *(packed((3, 0, 9, 1), dtype=FP64, decay=d, a=a, state=True) for d in (None, "scalar") for a in (0.0, 0.5)),
+        packed((3, 0, 9, 1), dtype=FP64, causal=False, normalize=False, a=0.5),
+        packed((0, 0), dtype=FP64, state=True),
+    ],
+    ids=str,
+)
+def test_linear_reference_is_the_quadratic_form(case):
     inputs = make_inputs(case)
-    k, v = (inputs[name].repeat_interleave(2, 2) for name in ("k", "v"))
-    weights = case.a + case.b * case.scale * torch.einsum("bihd,bjhd->bhij", inputs["q"], k)
-    weights = weights * decay_matrix(case, inputs) if causal else weights
-    if normalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    assert_close("o", run_op(case, inputs, "reference")["o"], torch.einsum("bhij,bjhv->bihv", weights, v), FP64)
+    if case.lengths:
+        for name in ("q", "k", "v", "g"):
+            if name in inputs:
+                inputs[name] = torch.cat([inputs[name], inputs[name][:, :2]], 1)
+    actual, expected = (run_op(case, inputs, backend) for backend in ("reference", "quadratic"))
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        assert_close(name, actual[name], x, FP64, factor=4)
 
 
 @pytest.mark.parametrize("decay", [None, "fixed", "scalar"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_close
-from op_inputs import OpCase, float64_truth, make_inputs, packed, run_op
+from op_backends import pairs, targets
+from op_inputs import OpCase, check, make_inputs, packed, run_op
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 BASE = OpCase(window=16, scale=0.25)
@@ -24,13 +25,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_window_linear_attention(case):
-    inputs = make_inputs(case)
-    actual, expected = run_op(case, inputs, "chunked"), float64_truth(case, inputs)
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        assert_close(name, actual[name], x, case.dtype)
+@pairs((CASES, targets("chunked-*")))
+def test_window_linear_attention(case, target):
+    check(case, make_inputs(case, device=target.device), target)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

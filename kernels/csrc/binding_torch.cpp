@@ -1,0 +1,425 @@
+// The torch ops of the compiled kernels, through PyTorch's stable ABI: one library for every PyTorch from 2.11 on.
+//
+// This is the only C++ that knows PyTorch. It allocates outputs and workspace, describes tensors to the C interface of
+// hf_linattn.h and passes errors on. Fake tensors and gradients of the ops: kernels/python/cuda_linear.py.
+#include "hf_linattn.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+// Weak, so that the library also loads into a PyTorch without CUDA, where nothing calls it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Takes the parts of the message unjoined, so that a check that holds builds no string.
+template <class... Parts>
+void require(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+#ifdef HF_LINATTN_EMULATION
+// The emulated kernels run on the CPU: no device to select, no stream.
+struct DeviceScope {
+  explicit DeviceScope(const Tensor&) {}
+  explicit DeviceScope(int64_t) {}
+  void* stream() const { return nullptr; }
+};
+#else
+struct DeviceScope {
+  explicit DeviceScope(const Tensor& tensor) : DeviceScope(tensor.get_device_index()) {}
+  explicit DeviceScope(int64_t index) : device(static_cast<int32_t>(index)), guard(device) {}
+
+  void* stream() const {
+    void* current = nullptr;
+    require(aoti_torch_get_current_cuda_stream != nullptr, "hf_linattn: this PyTorch is built without CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    return current;
+  }
+
+  int32_t device;
+  torch::stable::accelerator::DeviceGuard guard;
+};
+#endif
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+int32_t kernel_dtype(const Tensor& tensor) {
+  const int32_t dtype = dtype_of(tensor);
+  if (dtype == aoti_torch_dtype_bfloat16()) return HF_LINATTN_BF16;
+  if (dtype == aoti_torch_dtype_float16()) return HF_LINATTN_FP16;
+  require(dtype == aoti_torch_dtype_float32(),
+                  "q: expected bfloat16, float16 or float32 for the compiled kernels; cast it");
+  return HF_LINATTN_FP32;
+}
+
+// A new contiguous tensor on the device of `like`; straight to the allocator, without a trip through the dispatcher.
+Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
+  std::array<int64_t, 4> strides{};
+  int64_t stride = 1;
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    strides[axis] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[axis], 1);
+  }
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+                                                  dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+Tensor allocate_float(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return allocate(like, sizes, aoti_torch_dtype_float32());
+}
+
+Tensor allocate_bytes(const Tensor& like, size_t bytes) {
+  return allocate(like, {static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8());
+}
+
+void* address(const Tensor& tensor) { return tensor.data_ptr(); }
+
+float* float_address(const OptionalTensor& tensor) {
+  // Outputs that are not wanted are tensors of shape [0].
+  return tensor && tensor->numel() > 0 ? static_cast<float*>(address(*tensor)) : nullptr;
+}
+
+uint8_t* byte_address(const OptionalTensor& tensor) {
+  return tensor && tensor->numel() > 0 ? static_cast<uint8_t*>(address(*tensor)) : nullptr;
+}
+
+void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  bool matches = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t axis = 0; matches && axis < sizes.size(); ++axis) {
+    matches = tensor.size(static_cast<int64_t>(axis)) == sizes.begin()[axis];
+  }
+  require(matches, name, ": its shape does not fit the other arguments; call it through linear_attention");
+}
+
+void check_float(const char* name, const OptionalTensor& tensor, std::initializer_list<int64_t> sizes) {
+  if (!tensor) return;
+  check_shape(name, *tensor, sizes);
+  require(dtype_of(*tensor) == aoti_torch_dtype_float32() && tensor->is_contiguous(), name,
+                  ": expected a contiguous float32 tensor; use .float().contiguous()");
+}
+
+// [B, T, H, dim] as the kernels see it.
+hf_linattn_tensor describe(const char* name, const Tensor& tensor, const Tensor& like) {
+  require(tensor.stride(3) == 1 || tensor.size(3) <= 1, name,
+                  ": expected a contiguous last dimension; use .contiguous()");
+  require(dtype_of(tensor) == dtype_of(like), name, ": expected the dtype of q; cast it");
+  return {address(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// The four members of a state, each of which may be absent.
+struct State {
+  OptionalTensor kv, key_sum, value_sum, weight_sum;
+
+  hf_linattn_state pointers() const {
+    return {float_address(kv), float_address(key_sum), float_address(value_sum), float_address(weight_sum)};
+  }
+
+  bool any() const { return kv || key_sum || value_sum || weight_sum; }
+};
+
+void check_state(const char* name, const State& state, const hf_linattn_problem& problem) {
+  const int64_t n = problem.num_sequences, heads = problem.num_kv_heads;
+  check_float(name, state.kv, {n, heads, problem.feature_dim, problem.value_dim});
+  check_float(name, state.key_sum, {n, heads, problem.feature_dim});
+  check_float(name, state.value_sum, {n, heads, problem.value_dim});
+  check_float(name, state.weight_sum, {n, heads});
+}
+
+// Room for the members that this form of the op has, or tensors of shape [0].
+State allocate_state(const Tensor& like, const hf_linattn_problem& problem, bool is_wanted) {
+  const int64_t n = problem.num_sequences, heads = problem.num_kv_heads;
+  const int64_t feature_dim = problem.feature_dim, value_dim = problem.value_dim;
+  const bool has_constant = problem.a != 0.0f, normalize = problem.normalize != 0;
+  const auto absent = [&] { return allocate_float(like, {0}); };
+  return {is_wanted ? allocate_float(like, {n, heads, feature_dim, value_dim}) : absent(),
+          is_wanted && normalize ? allocate_float(like, {n, heads, feature_dim}) : absent(),
+          is_wanted && has_constant ? allocate_float(like, {n, heads, value_dim}) : absent(),
+          is_wanted && normalize && has_constant ? allocate_float(like, {n, heads}) : absent()};
+}
+
+// What a call without tokens leaves: `source` unchanged, or zeros.
+void copy_state(const State& target, const State& source) {
+  const OptionalTensor State::*members[] = {&State::kv, &State::key_sum, &State::value_sum, &State::weight_sum};
+  for (const auto member : members) {
+    if ((target.*member)->numel() == 0) continue;
+    if (source.*member) {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_copy_((target.*member)->get(), (source.*member)->get(), 1));
+    } else {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_zero_((target.*member)->get()));
+    }
+  }
+}
+
+void check_code(int code) { require(code == 0, "hf_linattn: ", hf_linattn_last_error()); }
+
+hf_linattn_problem describe_problem(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+                                    const State& initial, const OptionalTensor& cu_seqlens, double a, double b,
+                                    bool normalize, bool causal, int64_t path) {
+  require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v: expected [B, T, H, dim]");
+  hf_linattn_problem problem{};
+  problem.dtype = kernel_dtype(q);
+  problem.path = static_cast<int32_t>(path);
+  problem.batch = static_cast<int32_t>(q.size(0));
+  problem.tokens = q.size(1);
+  problem.num_heads = static_cast<int32_t>(q.size(2));
+  problem.num_kv_heads = static_cast<int32_t>(k.size(2));
+  problem.feature_dim = static_cast<int32_t>(q.size(3));
+  problem.value_dim = static_cast<int32_t>(v.size(3));
+  problem.a = static_cast<float>(a);
+  problem.b = static_cast<float>(b);
+  problem.normalize = normalize;
+  problem.causal = causal;
+  problem.num_sequences = problem.batch;
+  if (cu_seqlens) {
+    const bool is_int64 = dtype_of(*cu_seqlens) == aoti_torch_dtype_int64();
+    require(is_int64 || dtype_of(*cu_seqlens) == aoti_torch_dtype_int32(), "cu_seqlens: expected int32 or int64");
+    require(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && cu_seqlens->is_contiguous() &&
+                        problem.batch == 1,
+                    "cu_seqlens: expected a contiguous [N + 1] together with a batch of 1");
+    problem.num_sequences = static_cast<int32_t>(cu_seqlens->size(0) - 1);
+    problem.cu_seqlens = address(*cu_seqlens);
+    problem.cu_seqlens_is_int64 = is_int64;
+  }
+  check_shape("k", k, {q.size(0), q.size(1), k.size(2), q.size(3)});
+  check_shape("v", v, {q.size(0), q.size(1), k.size(2), v.size(3)});
+  problem.q = describe("q", q, q);
+  problem.k = describe("k", k, q);
+  problem.v = describe("v", v, q);
+  if (g) {
+    check_shape("g", *g, {q.size(0), q.size(1), k.size(2)});
+    require(dtype_of(*g) == aoti_torch_dtype_float32(), "g: expected float32; use g.float()");
+    problem.g = static_cast<const float*>(address(*g));
+    problem.g_batch_stride = g->stride(0);
+    problem.g_token_stride = g->stride(1);
+    problem.g_head_stride = g->stride(2);
+  }
+  check_state("initial_state", initial, problem);
+  problem.initial_state = initial.pointers();
+  return problem;
+}
+
+bool has_tokens(const hf_linattn_problem& problem) { return problem.batch > 0 && problem.tokens > 0; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, const OptionalTensor& kv,
+    const OptionalTensor& key_sum, const OptionalTensor& value_sum, const OptionalTensor& weight_sum,
+    const OptionalTensor& cu_seqlens, double a, double b, bool normalize, bool causal, bool output_final_state,
+    bool keep_residual, int64_t path) {
+  const State initial{kv, key_sum, value_sum, weight_sum};
+  const DeviceScope scope(q);
+  const hf_linattn_problem problem =
+      describe_problem(q, k, v, g, initial, cu_seqlens, a, b, normalize, causal, path);
+  const Tensor o = allocate(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, dtype_of(q));
+  const Tensor den = normalize ? allocate_float(q, {q.size(0), q.size(2), q.size(1)}) : allocate_float(q, {0});
+  const size_t residual_bytes = keep_residual && has_tokens(problem) ? hf_linattn_residual_bytes(&problem) : 0;
+  const Tensor residual = allocate_bytes(q, residual_bytes);
+  const State final_state = allocate_state(q, problem, output_final_state);
+  if (has_tokens(problem)) {
+    const hf_linattn_tensor o_view = describe("o", o, q);
+    const hf_linattn_state final_pointers = final_state.pointers();
+    const Tensor workspace = allocate_bytes(q, hf_linattn_forward_workspace(&problem));
+    check_code(hf_linattn_forward(&problem, &o_view, float_address(den), byte_address(residual), &final_pointers,
+                                  address(workspace), scope.stream()));
+  } else if (output_final_state) {
+    copy_state(final_state, initial);
+  }
+  return {o, den, residual, *final_state.kv, *final_state.key_sum, *final_state.value_sum, *final_state.weight_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
+    const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const OptionalTensor& den,
+    const OptionalTensor& residual, const OptionalTensor& g, const OptionalTensor& kv, const OptionalTensor& key_sum,
+    const OptionalTensor& value_sum, const OptionalTensor& weight_sum, const OptionalTensor& d_kv,
+    const OptionalTensor& d_key_sum, const OptionalTensor& d_value_sum, const OptionalTensor& d_weight_sum,
+    const OptionalTensor& final_kv, const OptionalTensor& final_key_sum, const OptionalTensor& final_value_sum,
+    const OptionalTensor& final_weight_sum, const OptionalTensor& cu_seqlens, double a, double b, bool normalize,
+    bool causal, bool needs_dg, bool needs_d_initial, int64_t path) {
+  const State initial{kv, key_sum, value_sum, weight_sum};
+  const State d_final{d_kv, d_key_sum, d_value_sum, d_weight_sum};
+  const State final_state{final_kv, final_key_sum, final_value_sum, final_weight_sum};
+  const DeviceScope scope(q);
+  const hf_linattn_problem problem =
+      describe_problem(q, k, v, g, initial, cu_seqlens, a, b, normalize, causal, path);
+  check_shape("o", o, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  check_shape("d_o", d_o, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  check_float("den", den, {q.size(0), q.size(2), q.size(1)});
+  require(!residual || !has_tokens(problem) ||
+              static_cast<size_t>(residual->numel()) == hf_linattn_residual_bytes(&problem),
+          "residual: expected what the forward returned for these arguments");
+  check_state("d_final", d_final, problem);
+  check_state("final_state", final_state, problem);
+  require(!needs_dg || (g && (final_state.any() || !d_final.any())), "final_state: dg needs it");
+
+  const int32_t dtype = dtype_of(q);
+  const Tensor dq = allocate(q, {q.size(0), q.size(1), q.size(2), q.size(3)}, dtype);
+  const Tensor dk = allocate(q, {k.size(0), k.size(1), k.size(2), k.size(3)}, dtype);
+  const Tensor dv = allocate(q, {v.size(0), v.size(1), v.size(2), v.size(3)}, dtype);
+  const Tensor dg = needs_dg ? allocate_float(q, {k.size(0), k.size(1), k.size(2)}) : allocate_float(q, {0});
+  const State d_initial = allocate_state(q, problem, needs_d_initial);
+  if (has_tokens(problem)) {
+    hf_linattn_gradients gradients{};
+    gradients.o = describe("o", o, q);
+    gradients.d_o = describe("d_o", d_o, q);
+    gradients.den = float_address(den);
+    gradients.residual = byte_address(residual);
+    gradients.d_final = d_final.pointers();
+    gradients.final_state = final_state.pointers();
+    gradients.dq = describe("dq", dq, q);
+    gradients.dk = describe("dk", dk, q);
+    gradients.dv = describe("dv", dv, q);
+    gradients.dg = float_address(dg);
+    gradients.d_initial = d_initial.pointers();
+    const Tensor workspace = allocate_bytes(q, hf_linattn_backward_workspace(&problem));
+    check_code(hf_linattn_backward(&problem, &gradients, address(workspace), scope.stream()));
+  } else if (needs_d_initial) {
+    copy_state(d_initial, d_final);
+  }
+  return {dq, dk, dv, dg, *d_initial.kv, *d_initial.key_sum, *d_initial.value_sum, *d_initial.weight_sum};
+}
+
+Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+                             const Tensor& kv, const OptionalTensor& key_sum, const OptionalTensor& value_sum,
+                             const OptionalTensor& weight_sum, double a, double b, bool normalize,
+                             int64_t feature_map) {
+  require(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k, v: expected [B, H, dim]");
+  const DeviceScope scope(q);
+  const int64_t batch = q.size(0), kv_heads = k.size(1), feature_dim = q.size(2), value_dim = v.size(2);
+  check_shape("k", k, {batch, kv_heads, feature_dim});
+  check_shape("v", v, {batch, kv_heads, value_dim});
+  for (const Tensor* x : {&q, &k, &v}) {
+    require(dtype_of(*x) == dtype_of(q), "k, v: expected the dtype of q; cast them");
+    require(x->stride(2) == 1 || x->size(2) <= 1, "q, k, v: expected a contiguous last dimension");
+  }
+  check_float("state.kv", kv, {batch, kv_heads, feature_dim, value_dim});
+  check_float("state.key_sum", key_sum, {batch, kv_heads, feature_dim});
+  check_float("state.value_sum", value_sum, {batch, kv_heads, value_dim});
+  check_float("state.weight_sum", weight_sum, {batch, kv_heads});
+
+  hf_linattn_step_problem problem{};
+  problem.dtype = kernel_dtype(q);
+  problem.feature_map = static_cast<int32_t>(feature_map);
+  problem.batch = static_cast<int32_t>(batch);
+  problem.num_heads = static_cast<int32_t>(q.size(1));
+  problem.num_kv_heads = static_cast<int32_t>(kv_heads);
+  problem.feature_dim = static_cast<int32_t>(feature_dim);
+  problem.value_dim = static_cast<int32_t>(value_dim);
+  problem.a = static_cast<float>(a);
+  problem.b = static_cast<float>(b);
+  problem.normalize = normalize;
+  problem.q = address(q);
+  problem.k = address(k);
+  problem.v = address(v);
+  problem.q_batch_stride = q.stride(0);
+  problem.q_head_stride = q.stride(1);
+  problem.k_batch_stride = k.stride(0);
+  problem.k_head_stride = k.stride(1);
+  problem.v_batch_stride = v.stride(0);
+  problem.v_head_stride = v.stride(1);
+  if (g) {
+    check_shape("g", *g, {batch, kv_heads});
+    require(dtype_of(*g) == aoti_torch_dtype_float32(), "g: expected float32; use g.float()");
+    problem.g = static_cast<const float*>(address(*g));
+    problem.g_batch_stride = g->stride(0);
+    problem.g_head_stride = g->stride(1);
+  }
+  problem.state = State{kv, key_sum, value_sum, weight_sum}.pointers();
+  const Tensor o = allocate(q, {batch, q.size(1), value_dim}, dtype_of(q));
+  problem.o = address(o);
+  if (batch > 0) check_code(hf_linattn_step(&problem, scope.stream()));
+  return o;
+}
+
+int64_t linear_attention_path(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, double a,
+                              double b, bool normalize, bool causal, int64_t path) {
+  const DeviceScope scope(q);
+  const hf_linattn_problem problem = describe_problem(q, k, v, g, {}, {}, a, b, normalize, causal, path);
+  const int chosen = hf_linattn_path(&problem);
+  check_code(chosen < 0 ? chosen : 0);
+  return chosen;
+}
+
+// Why no kernel runs on this device, for example a driver older than the library's CUDA runtime; empty if one does.
+std::string device_problem(int64_t device_index) {
+  const DeviceScope scope(device_index);
+  constexpr int32_t kDim = 64;
+  hf_linattn_problem problem{};
+  problem.dtype = HF_LINATTN_BF16;
+  problem.batch = problem.num_heads = problem.num_kv_heads = problem.num_sequences = 1;
+  problem.feature_dim = problem.value_dim = kDim;
+  problem.tokens = kDim;
+  problem.b = 1.0f;
+  problem.normalize = problem.causal = 1;
+  problem.q = problem.k = problem.v = {nullptr, kDim * kDim, kDim, kDim};
+  return hf_linattn_path(&problem) < 0 ? hf_linattn_last_error() : "";
+}
+
+std::string build_info() { return KERNELS_BUILD_INFO; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(hf_linattn, m) {
+  m.def(
+      "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? kv, Tensor? key_sum, "
+      "Tensor? value_sum, Tensor? weight_sum, Tensor? cu_seqlens, float a, float b, bool normalize, bool causal, "
+      "bool output_final_state, bool keep_residual, int path) -> (Tensor o, Tensor den, Tensor residual, "
+      "Tensor final_kv, Tensor final_key_sum, Tensor final_value_sum, Tensor final_weight_sum)");
+  m.def(
+      "linear_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor? den, Tensor? residual, "
+      "Tensor? g, Tensor? kv, Tensor? key_sum, Tensor? value_sum, Tensor? weight_sum, Tensor? d_kv, Tensor? d_key_sum, "
+      "Tensor? d_value_sum, Tensor? d_weight_sum, Tensor? final_kv, Tensor? final_key_sum, Tensor? final_value_sum, "
+      "Tensor? final_weight_sum, Tensor? cu_seqlens, float a, float b, bool normalize, bool causal, bool needs_dg, "
+      "bool needs_d_initial, int path) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dkv, "
+      "Tensor dkey_sum, Tensor dvalue_sum, Tensor dweight_sum)");
+  m.def(
+      "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) kv, Tensor(b!)? key_sum, "
+      "Tensor(c!)? value_sum, Tensor(d!)? weight_sum, float a, float b, bool normalize, int feature_map) -> Tensor");
+  m.def(
+      "linear_attention_path(Tensor q, Tensor k, Tensor v, Tensor? g, float a, float b, bool normalize, bool causal, "
+      "int path) -> int");
+  m.def("device_problem(int device_index) -> str");
+  m.def("build_info() -> str");
+}
+
+#ifdef HF_LINATTN_EMULATION
+STABLE_TORCH_LIBRARY_IMPL(hf_linattn, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(hf_linattn, CUDA, m) {
+#endif
+  m.impl("linear_attention_forward", TORCH_BOX(&linear_attention_forward));
+  m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward));
+  m.impl("linear_attention_step", TORCH_BOX(&linear_attention_step));
+  m.impl("linear_attention_path", TORCH_BOX(&linear_attention_path));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hf_linattn, CompositeExplicitAutograd, m) {
+  m.impl("device_problem", TORCH_BOX(&device_problem));
+  m.impl("build_info", TORCH_BOX(&build_info));
+}

@@ -1,0 +1,101 @@
+// The compiled kernels of hf_linattn behind a C interface that knows nothing of PyTorch.
+//
+// Every function launches on `stream` and returns 0, or a non-zero code with the text in hf_linattn_last_error().
+// None allocates device memory, synchronises or reads device memory on the host. Formulas: kernels/python/reference.py.
+#ifndef HF_LINATTN_H_
+#define HF_LINATTN_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { HF_LINATTN_BF16 = 0, HF_LINATTN_FP16 = 1, HF_LINATTN_FP32 = 2 };
+
+// Which kernels run: the library chooses, or the portable (sm_80 and later) or the Hopper (sm_90a) ones are forced.
+enum { HF_LINATTN_PATH_AUTO = 0, HF_LINATTN_PATH_SM80 = 1, HF_LINATTN_PATH_SM90 = 2 };
+
+// Feature maps that linear_attention_step applies to q and k on the way in.
+enum { HF_LINATTN_MAP_NONE = 0, HF_LINATTN_MAP_ELU = 1, HF_LINATTN_MAP_RELU = 2, HF_LINATTN_MAP_L2 = 3 };
+
+// [batch, token, head, dim] with dim contiguous; strides in elements.
+typedef struct {
+  void* data;
+  int64_t batch_stride, token_stride, head_stride;
+} hf_linattn_tensor;
+
+// fp32, contiguous; a null member is absent. N sequences.
+typedef struct {
+  float* kv;          // [N, H_kv, K, V]
+  float* key_sum;     // [N, H_kv, K], with normalize
+  float* value_sum;   // [N, H_kv, V], with a != 0
+  float* weight_sum;  // [N, H_kv], with both
+} hf_linattn_state;
+
+typedef struct {
+  int32_t dtype, path;
+  int32_t batch, num_heads, num_kv_heads, feature_dim, value_dim;
+  int64_t tokens;
+  int32_t num_sequences;      // batch, or the number of packed sequences (then batch is 1)
+  const void* cu_seqlens;     // [num_sequences + 1] int32 or int64 on the device; null when not packed
+  int32_t cu_seqlens_is_int64;
+  float a, b;                 // weight a + b q.k, scale multiplied into b
+  int32_t normalize, causal;
+  hf_linattn_tensor q, k, v;  // [B,T,H,K], [B,T,H_kv,K], [B,T,H_kv,V]
+  const float* g;             // [B,T,H_kv] natural log decay, or null
+  int64_t g_batch_stride, g_token_stride, g_head_stride;
+  hf_linattn_state initial_state;
+} hf_linattn_problem;
+
+typedef struct {
+  hf_linattn_tensor o, d_o;       // [B,T,H,V]: output of the forward, its gradient
+  const float* den;               // [B,H,T] of the forward; null without normalize
+  const uint8_t* residual;        // of the forward; null: o alone stands for the exact output
+  hf_linattn_state d_final, final_state;  // gradient of the final state (or all null); the state itself, for dg only
+  hf_linattn_tensor dq, dk, dv;   // as q, k, v
+  float* dg;                      // [B,T,H_kv] contiguous, or null
+  hf_linattn_state d_initial;     // gradient of the initial state; all null: not wanted
+} hf_linattn_gradients;
+
+typedef struct {
+  int32_t dtype, feature_map;
+  int32_t batch, num_heads, num_kv_heads, feature_dim, value_dim;
+  float a, b;
+  int32_t normalize;
+  const void *q, *k, *v;          // [B,H,K], [B,H_kv,K], [B,H_kv,V], last dim contiguous
+  int64_t q_batch_stride, q_head_stride, k_batch_stride, k_head_stride, v_batch_stride, v_head_stride;
+  const float* g;                 // [B,H_kv] or null
+  int64_t g_batch_stride, g_head_stride;
+  hf_linattn_state state;         // N = batch; updated in place
+  void* o;                        // [B,H,V] contiguous
+} hf_linattn_step_problem;
+
+// Bytes of device workspace (256-byte aligned) that the call needs; 0 is possible.
+size_t hf_linattn_forward_workspace(const hf_linattn_problem* problem);
+size_t hf_linattn_backward_workspace(const hf_linattn_problem* problem);
+
+// Bytes of `residual`: eight more bits of every element of a bfloat16 o, for a backward with normalize. dq is a small
+// difference of terms as large as do . o, to which the rounding of o alone would add tens of percent. 0: not needed.
+size_t hf_linattn_residual_bytes(const hf_linattn_problem* problem);
+
+// Writes o, den [B,H,T] (null without normalize), residual (null: not wanted) and, where its members are not null, the
+// final state.
+int hf_linattn_forward(const hf_linattn_problem* problem, const hf_linattn_tensor* o, float* den, uint8_t* residual,
+                       const hf_linattn_state* final_state, void* workspace, void* stream);
+int hf_linattn_backward(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients, void* workspace,
+                        void* stream);
+int hf_linattn_step(const hf_linattn_step_problem* problem, void* stream);
+
+// HF_LINATTN_PATH_SM80 or _SM90 for this problem on the current device; negative when no kernel takes it (the reason
+// is the last error).
+int hf_linattn_path(const hf_linattn_problem* problem);
+
+const char* hf_linattn_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // HF_LINATTN_H_

@@ -1,0 +1,297 @@
+// Forward and backward of linear attention as a sequence of scans (scan.h), and the C interface to them.
+//
+//   forward    [state, prefix]  output
+//   backward   row products  [state, prefix]  dq   [state of the gradient, prefix from the end]  dk  dv  [dg]
+//
+// The bracketed state passes run when sequences are cut into segments, and always when not causal (then a sum takes the
+// place of the prefix). Scans of one call share their workspace; the stream orders them.
+#include <algorithm>
+
+#include "decay_gradient.h"
+#include "hf_linattn.h"
+#include "launch.cuh"
+#include "scan.h"
+
+namespace hf_linattn {
+
+namespace {
+
+constexpr int64_t kShortestSegment = 1024;  // its state, 64 KB at 128 x 128, is a tenth of what it reads
+constexpr size_t kAlignment = 256;
+
+// Hands out pieces of the workspace; with a null base it only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+  float* floats(int64_t count) {
+    const size_t at = used_;
+    used_ += (static_cast<size_t>(count) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
+    return base_ == nullptr ? nullptr : reinterpret_cast<float*>(base_ + at);
+  }
+  hf_linattn_state state(const hf_linattn_problem& problem, int64_t entries) {
+    const int64_t heads = entries * problem.num_kv_heads;
+    hf_linattn_state state = {};
+    state.kv = floats(heads * problem.feature_dim * problem.value_dim);
+    if (problem.normalize) state.key_sum = floats(heads * problem.feature_dim);
+    if (problem.a != 0.f) state.value_sum = floats(heads * problem.value_dim);
+    if (problem.normalize && problem.a != 0.f) state.weight_sum = floats(heads);
+    return state;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+Rows rows_of(const hf_linattn_tensor& tensor, int dim) {
+  return {tensor.data, tensor.batch_stride, tensor.token_stride, tensor.head_stride, dim};
+}
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Cut sequences so that `units` CTAs a sequence and segment fill the multiprocessors, once. A segment costs a second read
+// of k and v, so that a grid that half fills them by itself stays whole.
+void plan_segments(const hf_linattn_problem& problem, int64_t units, ScanArgs& args) {
+  const int64_t processors = std::max(multiprocessor_count(), 1);
+  int64_t segment;
+  if (problem.cu_seqlens == nullptr) {
+    const int64_t blocks = std::max<int64_t>(units * problem.batch, 1);
+    const bool is_filled = blocks * 2 > processors;
+    const int64_t wanted = is_filled && problem.causal ? 1 : std::max<int64_t>(processors / blocks, 1);
+    segment = std::max(kShortestSegment, ceil_div(problem.tokens, wanted));
+  } else {
+    segment = std::max(kShortestSegment, ceil_div(problem.tokens * units, processors));
+  }
+  args.segment_tokens = ceil_div(segment, kChunk) * kChunk;
+  args.num_slots = static_cast<int>(problem.cu_seqlens == nullptr
+                                        ? problem.batch * std::max<int64_t>(ceil_div(problem.tokens, args.segment_tokens), 1)
+                                        : problem.tokens / args.segment_tokens + problem.num_sequences);
+}
+
+ScanArgs common_args(const hf_linattn_problem& problem) {
+  ScanArgs args = {};
+  args.num_heads = problem.num_heads;
+  args.num_kv_heads = problem.num_kv_heads;
+  args.feature_dim = problem.feature_dim;
+  args.value_dim = problem.value_dim;
+  args.tokens = problem.tokens;
+  args.num_sequences = problem.num_sequences;
+  args.cu_seqlens = problem.cu_seqlens;
+  args.cu_seqlens_is_int64 = problem.cu_seqlens_is_int64;
+  args.g = problem.g;
+  args.g_batch_stride = problem.g_batch_stride;
+  args.g_token_stride = problem.g_token_stride;
+  args.g_head_stride = problem.g_head_stride;
+  args.a = problem.a;
+  args.b = problem.b;
+  args.normalize = problem.normalize;
+  return args;
+}
+
+int run_scan(const hf_linattn_problem& problem, ScanKind kind, const ScanArgs& args, void* stream) {
+  if (problem.path != HF_LINATTN_PATH_SM80) {
+    const int refusal = args.tokens == 0 ? 1 : check_scan_sm90(kind, problem.dtype, args);
+    if (refusal == 0) return run_scan_sm90(kind, problem.causal, args, stream);
+    if (problem.path == HF_LINATTN_PATH_SM90) return refusal;
+  }
+  return run_scan_sm80(kind, problem.causal, problem.dtype, args, stream);
+}
+
+// The Hopper kernel for dk and dv at once pads rows and columns of either state to the same size.
+int run_source_gradients(const hf_linattn_problem& problem, const ScanArgs& key, const ScanArgs& value, void* stream) {
+  const bool is_square = (problem.feature_dim <= 64) == (problem.value_dim <= 64);
+  if (problem.path != HF_LINATTN_PATH_SM80 && is_square && problem.tokens > 0 &&
+      check_scan_sm90(ScanKind::kKeyGrad, problem.dtype, key) == 0 &&
+      check_scan_sm90(ScanKind::kValueGrad, problem.dtype, value) == 0) {
+    return run_source_gradients_sm90(problem.causal, key, value, stream);
+  }
+  if (int error = run_scan(problem, ScanKind::kKeyGrad, key, stream)) return error;
+  return run_scan(problem, ScanKind::kValueGrad, value, stream);
+}
+
+// Readies args for a scan over `heads` heads and `columns` columns: cuts sequences into segments and finds the state each
+// starts from, by passes of `state_kind` over state_args' y and z. `total` receives what a scan that is not causal reads.
+int prepare_states(const hf_linattn_problem& problem, ScanKind state_kind, ScanArgs state_args, int columns,
+                   Workspace& workspace, const hf_linattn_state* total, bool only_count, ScanArgs& args, void* stream) {
+  // dk and dv together have as many CTAs of 128 columns as dq and the output have of 64.
+  const int heads = is_reverse(state_kind) ? problem.num_kv_heads : problem.num_heads;
+  plan_segments(problem, heads * ceil_div(columns, kTileColumns), args);
+  state_args.segment_tokens = args.segment_tokens;
+  state_args.num_slots = args.num_slots;
+  state_args.first = args.first;
+  if (problem.causal) {
+    const int64_t boundaries = args.num_slots - problem.num_sequences;
+    if (boundaries == 0) return 0;
+    args.carried = workspace.state(problem, boundaries);
+    args.carried_log_decay = workspace.floats(boundaries * problem.num_kv_heads);
+    if (only_count) return 0;
+    state_args.carried = args.carried;
+    state_args.carried_log_decay = args.carried_log_decay;
+    if (int error = run_scan(problem, state_kind, state_args, stream)) return error;
+    return run_segment_prefix(state_args, is_reverse(state_kind), stream);
+  }
+  state_args.carried = workspace.state(problem, args.num_slots);
+  const hf_linattn_state sum = total != nullptr && total->kv != nullptr ? *total
+                                                                         : workspace.state(problem, problem.num_sequences);
+  if (only_count) return 0;
+  if (int error = run_scan(problem, state_kind, state_args, stream)) return error;
+  args.first = sum;
+  return run_segment_total(state_args, sum, stream);
+}
+
+// k and v, the sources of the forward's state.
+ScanArgs forward_state_args(const hf_linattn_problem& problem) {
+  ScanArgs args = common_args(problem);
+  args.y = rows_of(problem.k, problem.feature_dim);
+  args.z = rows_of(problem.v, problem.value_dim);
+  return args;
+}
+
+bool is_empty(const hf_linattn_problem& problem) {
+  return problem.num_sequences == 0 || problem.num_heads == 0 || problem.feature_dim == 0 || problem.value_dim == 0;
+}
+
+int forward(const hf_linattn_problem& problem, const hf_linattn_tensor& o, float* den, uint8_t* residual,
+            const hf_linattn_state* final_state, Workspace& workspace, bool only_count, void* stream) {
+  if (is_empty(problem)) return 0;
+  ScanArgs args = forward_state_args(problem);
+  args.x = rows_of(problem.q, problem.feature_dim);
+  args.out = rows_of(o, problem.value_dim);
+  args.den = den;
+  args.residual = residual;
+  args.first = problem.initial_state;
+  if (final_state != nullptr) args.last = *final_state;
+  if (int error = prepare_states(problem, ScanKind::kState, forward_state_args(problem), problem.value_dim, workspace,
+                                 final_state, only_count, args, stream)) {
+    return error;
+  }
+  return only_count ? 0 : run_scan(problem, ScanKind::kOutput, args, stream);
+}
+
+int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& gradients, Workspace& workspace,
+             bool only_count, void* stream) {
+  if (is_empty(problem)) return 0;
+  const int features = problem.feature_dim, values = problem.value_dim;
+  const int64_t rows = int64_t{problem.batch} * problem.num_heads * problem.tokens;
+  float* along = problem.normalize || gradients.dg != nullptr ? workspace.floats(rows) : nullptr;
+  float* extra_out = gradients.dg == nullptr
+                         ? nullptr
+                         : workspace.floats(residual_units(values) * int64_t{problem.batch} *
+                                                  problem.num_kv_heads * problem.tokens);
+  const Rows d_o = rows_of(gradients.d_o, values);
+
+  ScanArgs query = common_args(problem);
+  query.den = const_cast<float*>(gradients.den);
+  query.along = along;
+  query.residual = const_cast<uint8_t*>(gradients.residual);
+  query.x = d_o;
+  query.o = rows_of(gradients.o, values);
+  query.y = rows_of(problem.v, values);
+  query.z = rows_of(problem.k, features);
+  query.out = rows_of(gradients.dq, features);
+  query.first = problem.initial_state;
+  Workspace forward_states = workspace, backward_states = workspace;  // one after the other in the same place
+  if (int error = prepare_states(problem, ScanKind::kState, forward_state_args(problem), features, forward_states,
+                                 nullptr, only_count, query, stream)) {
+    return error;
+  }
+  if (!only_count) {
+    if (along != nullptr) {
+      if (int error = run_row_products(problem.dtype, query, stream)) return error;
+    }
+    if (int error = run_scan(problem, ScanKind::kQueryGrad, query, stream)) return error;
+  }
+
+  ScanArgs sources = common_args(problem);
+  sources.den = const_cast<float*>(gradients.den);
+  sources.along = along;
+  sources.y = rows_of(problem.q, features);
+  sources.z = d_o;
+  ScanArgs value = sources, key = sources;
+  value.first = gradients.d_final;
+  if (int error = prepare_states(problem, ScanKind::kStateGrad, sources, std::max(features, values), backward_states,
+                                 nullptr, only_count, value, stream)) {
+    return error;
+  }
+  workspace = backward_states.used() > forward_states.used() ? backward_states : forward_states;
+  if (only_count) return 0;
+  key.segment_tokens = value.segment_tokens;
+  key.num_slots = value.num_slots;
+  key.first = value.first;
+  key.carried = value.carried;
+  key.x = rows_of(problem.v, values);
+  key.y = d_o;
+  key.z = rows_of(problem.q, features);
+  key.out = rows_of(gradients.dk, features);
+  value.x = rows_of(problem.k, features);
+  value.out = rows_of(gradients.dv, values);
+  value.last = gradients.d_initial;
+  value.extra_out = extra_out;
+  value.o = rows_of(problem.v, values);
+  if (int error = run_source_gradients(problem, key, value, stream)) return error;
+  return gradients.dg == nullptr ? 0 : run_decay_gradient(&problem, &gradients, extra_out, along, stream);
+}
+
+}  // namespace
+
+}  // namespace hf_linattn
+
+using namespace hf_linattn;
+
+extern "C" {
+
+size_t hf_linattn_forward_workspace(const hf_linattn_problem* problem) {
+  Workspace workspace(nullptr);
+  const hf_linattn_tensor none = {};
+  forward(*problem, none, nullptr, nullptr, nullptr, workspace, /*only_count=*/true, nullptr);
+  return workspace.used();
+}
+
+size_t hf_linattn_backward_workspace(const hf_linattn_problem* problem) {
+  Workspace workspace(nullptr);
+  hf_linattn_gradients gradients = {};
+  gradients.dg = problem->g == nullptr ? nullptr : reinterpret_cast<float*>(kAlignment);  // wanted, as far as space goes
+  backward(*problem, gradients, workspace, /*only_count=*/true, nullptr);
+  return workspace.used();
+}
+
+size_t hf_linattn_residual_bytes(const hf_linattn_problem* problem) {
+  if (problem->dtype != HF_LINATTN_BF16 || !problem->normalize) return 0;
+  const int64_t chunks = problem->cu_seqlens == nullptr ? problem->batch * ceil_div(problem->tokens, kChunk)
+                                                        : problem->tokens / kChunk + problem->num_sequences;
+  return static_cast<size_t>(chunks) * problem->num_heads * residual_units(problem->value_dim) * kResidualUnitBytes;
+}
+
+int hf_linattn_forward(const hf_linattn_problem* problem, const hf_linattn_tensor* o, float* den, uint8_t* residual,
+                       const hf_linattn_state* final_state, void* workspace, void* stream) {
+  Workspace pieces(workspace);
+  return forward(*problem, *o, den, residual, final_state, pieces, /*only_count=*/false, stream);
+}
+
+int hf_linattn_backward(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients, void* workspace,
+                        void* stream) {
+  Workspace pieces(workspace);
+  return backward(*problem, *gradients, pieces, /*only_count=*/false, stream);
+}
+
+int hf_linattn_path(const hf_linattn_problem* problem) {
+  ScanArgs args = forward_state_args(*problem);
+  args.x = rows_of(problem->q, problem->feature_dim);
+  if (problem->path != HF_LINATTN_PATH_SM80 && check_scan_sm90(ScanKind::kOutput, problem->dtype, args) == 0) {
+    return HF_LINATTN_PATH_SM90;
+  }
+  if (problem->path == HF_LINATTN_PATH_SM90) return -1;
+  // The kinds that need most: rows of the state are features in one, values in the other.
+  ScanArgs query = args;
+  std::swap(query.y, query.z);
+  if (check_scan_sm80(ScanKind::kOutput, problem->causal, problem->dtype, args) != 0 ||
+      check_scan_sm80(ScanKind::kQueryGrad, problem->causal, problem->dtype, query) != 0) {
+    return -1;
+  }
+  return HF_LINATTN_PATH_SM80;
+}
+
+const char* hf_linattn_last_error(void) { return last_error(); }
+
+}  // extern "C"

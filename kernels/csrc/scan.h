@@ -1,0 +1,119 @@
+// The one scan behind forward and backward of linear attention.
+//
+// With decayed prefix weights w_ij = e^{G_i - G_j}, every product of the op has the form
+//   out_i = r_i * sum_j w_ij (c_j x_i.y_j + e_j) z_j
+// over sources j up to i (or, in a gradient, from i on), and a state S = sum_j w c_j y_j z_j^T that carries it from
+// chunk to chunk:
+//
+//   kind       x   y   z    out  sources    c_j      e_j              r_i
+//   kOutput    q   k   v    o    j <= i     b        a                1 / den_i
+//   kQueryGrad do  v   k    dq   j <= i     b        -b do_i.o_i      1 / den_i   (e depends on the row i)
+//   kKeyGrad   v   do  q    dk   j >= i     b/den_j  -b do_j.o_j/den_j  1
+//   kValueGrad k   q   do   dv   j >= i     b/den_j  a/den_j          1
+//
+// kState and kStateGrad form the state alone, of k, v and of q, do. Derivation: kernels/csrc/README.md.
+#ifndef HF_LINATTN_SCAN_H_
+#define HF_LINATTN_SCAN_H_
+
+#include "hf_linattn.h"
+
+#ifdef __CUDACC__
+#define HF_LINATTN_BOTH_SIDES __host__ __device__
+#else
+#define HF_LINATTN_BOTH_SIDES
+#endif
+
+namespace hf_linattn {
+
+constexpr int kChunk = 64;        // tokens handled by one product of scores
+constexpr int kTileColumns = 64;  // columns of z, and of the state, that one warpgroup owns
+constexpr float kDenominatorEps = 1e-6f;  // DENOMINATOR_EPS of reference.py
+
+enum class ScanKind { kOutput, kQueryGrad, kKeyGrad, kValueGrad, kState, kStateGrad };
+
+HF_LINATTN_BOTH_SIDES constexpr bool forms_state_only(ScanKind kind) { return kind == ScanKind::kState || kind == ScanKind::kStateGrad; }
+
+// Sources come later than the row: chunks run from the last to the first.
+HF_LINATTN_BOTH_SIDES constexpr bool is_reverse(ScanKind kind) {
+  return kind == ScanKind::kKeyGrad || kind == ScanKind::kValueGrad || kind == ScanKind::kStateGrad;
+}
+
+// Rows of the state are value channels, columns are features: the transpose of how it is stored.
+HF_LINATTN_BOTH_SIDES constexpr bool is_transposed(ScanKind kind) { return kind == ScanKind::kQueryGrad || kind == ScanKind::kKeyGrad; }
+
+// The kind also carries z's extra column: 1 with the values, -do.o with their gradients.
+HF_LINATTN_BOTH_SIDES constexpr bool has_extra_column(ScanKind kind) {
+  return kind != ScanKind::kQueryGrad && kind != ScanKind::kKeyGrad;
+}
+
+struct Rows {  // [batch, token, head, dim], dim contiguous, strides in elements
+  void* data;
+  int64_t batch_stride, token_stride, head_stride;
+  int dim;
+};
+
+struct ScanArgs {
+  Rows x, y, z, out;
+  Rows o;  // row products: the forward's output; kValueGrad with extra_out: v
+  int num_heads, num_kv_heads, feature_dim, value_dim;
+  int64_t tokens;
+  // Sequences are cut into segments, each owned by one CTA per head and tile. Slot numbers: see find_segment.
+  int num_sequences, num_slots;
+  const void* cu_seqlens;
+  int cu_seqlens_is_int64;
+  int64_t segment_tokens;  // a multiple of kChunk
+  const float* g;
+  int64_t g_batch_stride, g_token_stride, g_head_stride;
+  float a, b;
+  int normalize;
+  float* den;       // [B,H,T]: written by kOutput, read by all gradients; null without normalize
+  float* along;     // [B,H,T] do.o, 0 where den is held at eps: of run_row_products, read by the gradients; or null
+  // 8 bits more of every element of o, in the order in which the threads of a warpgroup hold a chunk: see residual_at.
+  uint8_t* residual;  // written by kOutput, read by run_row_products; or null
+  float* extra_out; // [ceil(V/32),B,H_kv,T]: kValueGrad's v . dv and, with the first columns, its extra column; or null
+  hf_linattn_state first;    // by sequence: state to start from; null members count as zero
+  hf_linattn_state last;     // by sequence: where a scan leaves the state at the far end; null members are not wanted
+  // Between neighbouring segments of a sequence lies a boundary; state kinds write to it what the segment on the near
+  // side adds, run_segment_prefix completes that, scans start from it. Not causal: one entry a slot instead.
+  hf_linattn_state carried;
+  float* carried_log_decay;  // natural log of the decay over the segment that wrote the entry
+};
+
+// The residual of a chunk, head and 32 columns of o: 16 bytes of each of 128 threads.
+//
+// A bfloat16 is the upper half of a float, rounded: (bits + 0x8000) >> 16, a tie aside. The residual is the next byte of
+// bits + 0x8000.
+constexpr int kResidualColumns = 32, kResidualUnitBytes = 2048;
+constexpr uint32_t kResidualBias = 0x8000;
+HF_LINATTN_BOTH_SIDES constexpr int residual_units(int value_dim) {
+  return (value_dim + kResidualColumns - 1) / kResidualColumns;
+}
+
+struct Segment {
+  int slot, sequence, batch;
+  int64_t begin, end;  // tokens of the row
+  int64_t first_chunk;  // chunks counted over all sequences, as the residual of o is stored
+  bool is_first, is_last;  // of its sequence
+  bool exists;
+};
+
+// Run a scan on `stream`; `is_causal` false reads a finished state and has no scores. Return 0 or an error (launch.cuh).
+int run_scan_sm80(ScanKind kind, bool is_causal, int dtype, const ScanArgs& args, void* stream);
+int run_scan_sm90(ScanKind kind, bool is_causal, const ScanArgs& args, void* stream);
+// kKeyGrad and kValueGrad in one launch, where both have the same padded dimensions.
+int run_source_gradients_sm90(bool is_causal, const ScanArgs& key, const ScanArgs& value, void* stream);
+// 0 if the kernels take these arguments on the current device, else an error.
+int check_scan_sm80(ScanKind kind, bool is_causal, int dtype, const ScanArgs& args);
+int check_scan_sm90(ScanKind kind, int dtype, const ScanArgs& args);
+
+// args.along = do . o of every row (args.x . args.o), with the residual of o where there is one.
+int run_row_products(int dtype, const ScanArgs& args, void* stream);
+
+// Turns what each segment adds into the state at each boundary, starting from args.first; in place in args.carried.
+int run_segment_prefix(const ScanArgs& args, bool is_reverse, void* stream);
+// total = args.first + the sum over a sequence's slots of args.carried (not causal).
+int run_segment_total(const ScanArgs& args, const hf_linattn_state& total, void* stream);
+
+}  // namespace hf_linattn
+
+#endif  // HF_LINATTN_SCAN_H_

@@ -1,0 +1,5 @@
+#include "scan_sm90_kinds.cuh"
+
+namespace hf_linattn {
+template int scan_sm90_of_kind<ScanKind::kKeyGrad>(bool, const ScanArgs&, cudaStream_t);
+}  // namespace hf_linattn

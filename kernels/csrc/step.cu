@@ -1,0 +1,369 @@
+// One token for every sequence: kv = decay kv + k v^T, o = (a value_sum + b q.kv) / den, the state updated in place.
+//
+// Bound by the state's bytes: a thread holds a few 16-byte pieces of rows of kv, decays them, adds the token, writes
+// them back and multiplies them by q while they are in registers. A block takes one kv head (or some of its value
+// columns) and all query heads that read it, so that the state moves once whatever the group is. With groups of more
+// than kMaxHeads, a block reads its part again, out of the L2 cache.
+//
+// Few sequences do not fill the GPU, so the columns of a head are split over blocks then. Each of them needs the whole
+// new key_sum for the denominator; only one may write it, and not before the last of the others has read the old one.
+// The blocks of a head are therefore one cluster: they arrive at its barrier once they have read, and the first writes
+// when all have. Without clusters (before sm_90) heads whose key_sum is read are not split.
+#include <math.h>
+
+#include <type_traits>
+
+#include "launch.cuh"
+#include "ptx.cuh"
+
+namespace hf_linattn {
+namespace {
+
+constexpr int kMaxDim = 256, kMaxHeads = 8, kMaxThreads = 512, kFullThreads = 256, kWarp = 32;
+constexpr int kRowsInFlight = 4;    // 16-byte loads of one thread before the first use
+constexpr int kMinColumns = 32;     // of a split head: whole 128-byte lines
+constexpr int kMaxCluster = 8;      // the largest size that needs no opt-in
+constexpr float kDenominatorEps = 1e-6f;
+constexpr float kNormEps = 1e-12f;  // of the l2 map: torch.nn.functional.normalize's
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ float load_input(const void* data, int64_t i, int dtype) {
+  if (dtype == HF_LINATTN_BF16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+  if (dtype == HF_LINATTN_FP16) return __half2float(static_cast<const __half*>(data)[i]);
+  return static_cast<const float*>(data)[i];
+}
+
+__device__ __forceinline__ void store_output(void* data, int64_t i, float x, int dtype) {
+  if (dtype == HF_LINATTN_BF16)
+    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16(x);
+  else if (dtype == HF_LINATTN_FP16)
+    static_cast<__half*>(data)[i] = __float2half(x);
+  else
+    static_cast<float*>(data)[i] = x;
+}
+
+__device__ __forceinline__ float sum_over_warp(float x) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  return x;
+}
+
+// The maps that act on one element; l2 follows when all of a vector is there.
+__device__ __forceinline__ float map_element(float x, int map) {
+  if (map == HF_LINATTN_MAP_ELU) return x > 0 ? x + 1 : expf(x);
+  return map == HF_LINATTN_MAP_RELU && x < 0 ? 0 : x;
+}
+
+// Scales a vector in shared memory (elements `stride` apart) to unit length; called by a warp.
+__device__ __forceinline__ void normalize_vector(float* x, int stride, int dim) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  float square = 0;
+  for (int r = lane; r < dim; r += kWarp) square += x[r * stride] * x[r * stride];
+  const float scale = 1 / fmaxf(sqrtf(sum_over_warp(square)), kNormEps);
+  for (int r = lane; r < dim; r += kWarp) x[r * stride] *= scale;
+}
+
+template <int kVector>
+__device__ __forceinline__ void load_vector(float (&x)[kVector], const float* p) {
+  if constexpr (kVector == 4) {
+    const float4 y = *reinterpret_cast<const float4*>(p);
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) x[j] = p[j];
+  }
+}
+
+template <int kVector>
+__device__ __forceinline__ void store_vector(float* p, const float (&x)[kVector]) {
+  if constexpr (kVector == 4) {
+    *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) p[j] = x[j];
+  }
+}
+
+// Empty without clusters, and where the code is not compiled for them.
+template <bool kClusters>
+__device__ __forceinline__ void arrive_at_cluster() {
+#if HF_LINATTN_HAS_SM90
+  if constexpr (kClusters) ptx::cluster_arrive();
+#endif
+}
+
+template <bool kClusters>
+__device__ __forceinline__ void wait_for_cluster() {
+#if HF_LINATTN_HAS_SM90
+  if constexpr (kClusters) ptx::cluster_wait();
+#endif
+}
+
+// How threads divide the block's part of kv: neighbours hold neighbouring columns, rows go round the row lanes.
+struct Lanes {
+  int vectors;       // accesses of one row
+  int row_lanes;     // rows held at a time
+  bool folds;        // a warp holds several whole rows, and sums over them by shuffles
+  int partial_rows;  // sums left to be added through shared memory
+};
+
+__host__ __device__ inline Lanes divide_threads(int threads, int vectors, int feature_dim) {
+  const int row_lanes = threads / vectors < feature_dim ? threads / vectors : feature_dim;
+  const bool folds = vectors < kWarp && kWarp % vectors == 0;
+  return {vectors, row_lanes, folds, folds ? threads / kWarp : row_lanes};
+}
+
+// Parts of shared memory, all float.
+template <int kHeads>
+struct StepSmem {
+  static constexpr int kFeatures = 0;                           // [kMaxDim][kHeads] q of the heads of a pass
+  static constexpr int kKeys = kFeatures + kMaxDim * kHeads;    // [kMaxDim] k
+  static constexpr int kKeySum = kKeys + kMaxDim;               // [kMaxDim] decayed, without this token
+  static constexpr int kValues = kKeySum + kMaxDim;             // [kMaxDim] v of the block's columns
+  static constexpr int kValueSum = kValues + kMaxDim;           // [kMaxDim] with this token
+  static constexpr int kDenominators = kValueSum + kMaxDim;     // [kHeads] guarded
+  static constexpr int kWeightSum = kDenominators + kMaxHeads;  // [1] with this token
+  static constexpr int kPartial = kWeightSum + 4;               // [partial rows][kHeads][columns] q.kv of some rows
+  static size_t bytes(const Lanes& lanes, int columns) {
+    return sizeof(float) * (kPartial + lanes.partial_rows * kHeads * columns);
+  }
+};
+
+// kHeads: query heads of one pass over the state. kVector: columns of one access. kClusters: blocks of a head that is
+// split form a cluster.
+template <int kHeads, int kVector, bool kClusters>
+__global__ void __launch_bounds__(kMaxThreads, kHeads == 1 ? 2 : 1)
+    linear_attention_step_kernel(const hf_linattn_step_problem p, int slices, int slice_columns) {
+  if constexpr (!kClusters || HF_LINATTN_HAS_SM90) {
+    using Smem = StepSmem<kHeads>;
+    float* const smem = reinterpret_cast<float*>(ptx::dynamic_smem());
+    float *const features = smem + Smem::kFeatures, *const keys = smem + Smem::kKeys;
+    float *const key_sum = smem + Smem::kKeySum, *const values = smem + Smem::kValues;
+    float *const value_sum = smem + Smem::kValueSum, *const denominators = smem + Smem::kDenominators;
+    float *const weight_sum = smem + Smem::kWeightSum, *const partial = smem + Smem::kPartial;
+
+    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+    const int warp = thread / kWarp, lane = thread % kWarp, warps = threads / kWarp;
+    const int block = static_cast<int>(blockIdx.x), slice = block % slices, task = block / slices;
+    const int batch = task / p.num_kv_heads, kv_head = task % p.num_kv_heads;
+    const int64_t state_row = task;  // of [N, H_kv]
+    const int feature_dim = p.feature_dim, group = p.num_heads / p.num_kv_heads;
+    const int first_column = slice * slice_columns, columns = min(slice_columns, p.value_dim - first_column);
+
+    const Lanes lanes = divide_threads(threads, columns / kVector, feature_dim);
+    const int row_lanes = lanes.row_lanes, row_lane = thread / lanes.vectors;
+    const int column = thread % lanes.vectors * kVector;
+    const int first_row = row_lane < row_lanes ? row_lane : feature_dim;
+    float* const kv = p.state.kv + state_row * feature_dim * p.value_dim + first_column + column;
+    float rows[kRowsInFlight][kVector];
+    const auto load_rows = [&](int from) {
+#pragma unroll
+      for (int i = 0; i < kRowsInFlight; ++i) {
+        const int r = from + i * row_lanes;
+        if (r < feature_dim) load_vector(rows[i], kv + r * p.value_dim);
+      }
+    };
+    load_rows(first_row);  // under way while q, k and v are read
+
+    const float decay = p.g == nullptr ? 1.f : expf(p.g[batch * p.g_batch_stride + kv_head * p.g_head_stride]);
+    const int64_t k_offset = batch * p.k_batch_stride + kv_head * p.k_head_stride;
+    const int64_t v_offset = batch * p.v_batch_stride + kv_head * p.v_head_stride + first_column;
+    for (int r = thread; r < feature_dim; r += threads) {
+      keys[r] = map_element(load_input(p.k, k_offset + r, p.dtype), p.feature_map);
+      if (p.state.key_sum != nullptr) key_sum[r] = decay * p.state.key_sum[state_row * feature_dim + r];
+    }
+    for (int c = thread; c < columns; c += threads) {
+      values[c] = load_input(p.v, v_offset + c, p.dtype);
+      if (p.state.value_sum == nullptr) continue;
+      // The columns of value_sum belong to this block alone.
+      float* const element = p.state.value_sum + state_row * p.value_dim + first_column + c;
+      value_sum[c] = decay * *element + values[c];
+      *element = value_sum[c];
+    }
+    if (thread == 0 && p.state.weight_sum != nullptr) *weight_sum = decay * p.state.weight_sum[state_row] + 1;
+
+#pragma unroll 1
+    for (int first_head = 0; first_head < group; first_head += kHeads) {
+      const bool is_first_pass = first_head == 0;
+      const int heads = min(kHeads, group - first_head), head = kv_head * group + first_head;
+      const int64_t q_offset = batch * p.q_batch_stride + head * p.q_head_stride;
+      for (int i = thread; i < kHeads * kMaxDim; i += threads) {
+        const int h = i / kMaxDim, r = i % kMaxDim;
+        if (r < feature_dim)
+          features[r * kHeads + h] =
+              h < heads ? map_element(load_input(p.q, q_offset + h * p.q_head_stride + r, p.dtype), p.feature_map) : 0;
+      }
+      __syncthreads();
+      if (p.feature_map == HF_LINATTN_MAP_L2) {
+        for (int h = warp; h < heads + is_first_pass; h += warps)
+          normalize_vector(h < heads ? features + h : keys, h < heads ? kHeads : 1, feature_dim);
+        __syncthreads();
+      }
+      if (is_first_pass) arrive_at_cluster<kClusters>();  // key_sum and weight_sum have been read
+
+      if (p.normalize)
+        for (int h = warp; h < heads; h += warps) {
+          float den = 0;
+          for (int r = lane; r < feature_dim; r += kWarp) den += features[r * kHeads + h] * (key_sum[r] + keys[r]);
+          den = p.b * sum_over_warp(den);
+          if (p.state.weight_sum != nullptr) den += p.a * *weight_sum;
+          if (lane == 0) denominators[h] = fabsf(den) < kDenominatorEps ? kDenominatorEps : den;
+        }
+
+      float v[kVector], sums[kHeads][kVector] = {};
+      load_vector(v, values + column);
+#pragma unroll 1
+      for (int from = first_row; from < feature_dim; from += kRowsInFlight * row_lanes) {
+        if (!is_first_pass || from != first_row) load_rows(from);
+#pragma unroll
+        for (int i = 0; i < kRowsInFlight; ++i) {
+          const int r = from + i * row_lanes;
+          if (r >= feature_dim) break;
+          if (is_first_pass) {
+            const float k = keys[r];
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) rows[i][j] = decay * rows[i][j] + k * v[j];
+            store_vector(kv + r * p.value_dim, rows[i]);
+          }
+#pragma unroll
+          for (int h = 0; h < kHeads; ++h) {
+            const float q = features[r * kHeads + h];
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) sums[h][j] += q * rows[i][j];
+          }
+        }
+      }
+      if (lanes.folds)
+        for (int distance = lanes.vectors; distance < kWarp; distance *= 2)
+#pragma unroll
+          for (int h = 0; h < kHeads; ++h)
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) sums[h][j] += __shfl_xor_sync(kAllLanes, sums[h][j], distance);
+      const int partial_row = lanes.folds ? warp : row_lane;
+      if (lanes.folds ? lane < lanes.vectors : row_lane < row_lanes)
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) store_vector(partial + (partial_row * kHeads + h) * columns + column, sums[h]);
+      __syncthreads();
+
+      for (int i = thread; i < heads * columns; i += threads) {
+        const int h = i / columns, c = i % columns;
+        float o = 0;
+        for (int l = 0; l < lanes.partial_rows; ++l) o += partial[(l * kHeads + h) * columns + c];
+        o *= p.b;
+        if (p.state.value_sum != nullptr) o += p.a * value_sum[c];
+        if (p.normalize) o /= denominators[h];
+        const int64_t row = static_cast<int64_t>(batch) * p.num_heads + head + h;
+        store_output(p.o, row * p.value_dim + first_column + c, o, p.dtype);
+      }
+      if (first_head + kHeads < group) __syncthreads();  // the next pass writes features and partial
+    }
+
+    wait_for_cluster<kClusters>();
+    if (slice != 0) return;
+    if (p.state.key_sum != nullptr)
+      for (int r = thread; r < feature_dim; r += threads)
+        p.state.key_sum[state_row * feature_dim + r] = key_sum[r] + keys[r];
+    if (p.state.weight_sum != nullptr && thread == 0) p.state.weight_sum[state_row] = *weight_sum;
+  }
+}
+
+struct StepShape {
+  int slices, slice_columns, threads;
+  bool clusters;
+};
+
+using StepKernel = void (*)(hf_linattn_step_problem, int, int);
+
+// Blocks of one head: as few as fill the GPU, of columns that are whole lines.
+StepShape choose_shape(const hf_linattn_step_problem& p, int vector, bool has_clusters) {
+  const int64_t heads = static_cast<int64_t>(p.batch) * p.num_kv_heads, processors = multiprocessor_count();
+  const bool key_sum_is_shared = p.normalize != 0;
+  StepShape shape = {1, 0, 0, false};
+  if (!key_sum_is_shared || has_clusters)
+    while (heads * shape.slices < processors && shape.slices < kMaxCluster &&
+           p.value_dim >= 2 * shape.slices * kMinColumns)
+      shape.slices *= 2;
+  const auto round_up = [](int x, int unit) { return (x + unit - 1) / unit * unit; };
+  shape.slice_columns = round_up((p.value_dim + shape.slices - 1) / shape.slices, vector);
+  shape.clusters = key_sum_is_shared && shape.slices > 1;
+  // A thread has kRowsInFlight accesses, fewer where blocks are too few to hide one another's latency.
+  const int accesses = p.feature_dim * (shape.slice_columns / vector);
+  const bool is_full = heads * shape.slices >= 2 * processors;
+  const int wanted = round_up(accesses / (is_full ? kRowsInFlight : kRowsInFlight / 2), kWarp);
+  const int least = round_up(shape.slice_columns / vector, kWarp);  // every column has a thread
+  const int most = is_full ? kFullThreads : kMaxThreads;
+  shape.threads = max(least, min(max(wanted, 2 * kWarp), most));
+  return shape;
+}
+
+struct StepLaunch {
+  StepKernel kernel;
+  size_t smem_bytes;
+};
+
+template <int kVector, bool kClusters>
+StepLaunch choose_kernel(const hf_linattn_step_problem& p, const StepShape& shape) {
+  const auto smem_bytes = [&](auto smem, int columns) {
+    return decltype(smem)::bytes(divide_threads(shape.threads, columns / kVector, p.feature_dim), columns);
+  };
+  const auto with = [&](auto heads) -> StepLaunch {
+    constexpr int kHeads = decltype(heads)::value;
+    // The last slice has fewer columns, and may need more for it: its warps may not fold.
+    const size_t all = smem_bytes(StepSmem<kHeads>(), shape.slice_columns);
+    const size_t last = smem_bytes(StepSmem<kHeads>(), p.value_dim - (shape.slices - 1) * shape.slice_columns);
+    return {linear_attention_step_kernel<kHeads, kVector, kClusters>, all > last ? all : last};
+  };
+  const int group = p.num_heads / p.num_kv_heads;
+  if (group == 1) return with(std::integral_constant<int, 1>());
+  if (group == 2) return with(std::integral_constant<int, 2>());
+  if (group <= 4) return with(std::integral_constant<int, 4>());
+  return with(std::integral_constant<int, kMaxHeads>());
+}
+
+// Whether this device has clusters and this library was built to use them.
+bool has_clusters() {
+  constexpr int kArchitecture = 90;
+  if (compute_capability() != kArchitecture) return false;
+  const StepKernel kernel = linear_attention_step_kernel<1, 4, true>;
+  static const bool is_compiled = compiled_architecture(kernel) == kArchitecture;
+  return is_compiled;
+}
+
+int check_step(const hf_linattn_step_problem& p) {
+  if (p.dtype < HF_LINATTN_BF16 || p.dtype > HF_LINATTN_FP32)
+    return set_error("linear_attention_step: dtype %d is none of bfloat16, float16, float32", p.dtype);
+  if (p.feature_map < HF_LINATTN_MAP_NONE || p.feature_map > HF_LINATTN_MAP_L2)
+    return set_error("linear_attention_step: feature map %d is unknown", p.feature_map);
+  if (p.feature_dim < 1 || p.feature_dim > kMaxDim || p.value_dim < 1 || p.value_dim > kMaxDim)
+    return set_error("linear_attention_step: K and V must be 1 to %d, got %d and %d", kMaxDim, p.feature_dim,
+                     p.value_dim);
+  if (p.num_kv_heads < 1 || p.num_heads < 1 || p.num_heads % p.num_kv_heads != 0)
+    return set_error("linear_attention_step: %d heads are no multiple of %d kv heads", p.num_heads, p.num_kv_heads);
+  if (p.state.kv == nullptr || (p.normalize && p.state.key_sum == nullptr) ||
+      (p.a != 0 && p.state.value_sum == nullptr) || (p.normalize && p.a != 0 && p.state.weight_sum == nullptr))
+    return set_error("linear_attention_step: the state lacks a member that normalize %d and a %g need", p.normalize,
+                     static_cast<double>(p.a));
+  return 0;
+}
+
+}  // namespace
+}  // namespace hf_linattn
+
+extern "C" int hf_linattn_step(const hf_linattn_step_problem* problem, void* stream) {
+  using namespace hf_linattn;
+  const hf_linattn_step_problem& p = *problem;
+  if (p.batch == 0) return 0;
+  if (int error = check_step(p)) return error;
+  constexpr int kWide = 4;
+  const bool is_wide = p.value_dim % kWide == 0 && reinterpret_cast<uintptr_t>(p.state.kv) % 16 == 0;
+  const StepShape shape = choose_shape(p, is_wide ? kWide : 1, has_clusters());
+  const StepLaunch chosen = is_wide ? shape.clusters ? choose_kernel<kWide, true>(p, shape)
+                                                     : choose_kernel<kWide, false>(p, shape)
+                            : shape.clusters ? choose_kernel<1, true>(p, shape)
+                                             : choose_kernel<1, false>(p, shape);
+  const int64_t blocks = static_cast<int64_t>(p.batch) * p.num_kv_heads * shape.slices;
+  if (blocks > INT32_MAX) return set_error("linear_attention_step: %lld blocks are too many", (long long)blocks);
+  return launch_clusters(chosen.kernel, dim3(static_cast<unsigned>(blocks)), shape.clusters ? shape.slices : 1,
+                         shape.threads, chosen.smem_bytes, static_cast<cudaStream_t>(stream), p, shape.slices,
+                         shape.slice_columns);
+}

@@ -1,0 +1,88 @@
+"""What tests/test_compiled_library.py runs in processes of their own, since a library stays loaded until the end.
+
+HF_LINATTN_LIBRARY=<library> python tests/compiled_library_runs.py definitions|emulation
+"""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from op_backends import Target
+from op_inputs import OpCase, call_op, check, make_inputs, packed
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_linattn.kernels import explain, init_state, linear_attention, linear_attention_step
+from hf_linattn.kernels.cuda_library import compiled_build_info, compiled_library_problem
+
+CASE = OpCase(B=1, T=70, K=64, V=64, dtype=torch.bfloat16, scale=0.1)
+EMULATED_CASES = [
+    CASE,
+    replace(CASE, decay="scalar", a=0.5, state=True),
+    replace(CASE, normalize=False, b=0.7, state=True),
+    replace(CASE, decay="fixed"),
+    replace(CASE, causal=False, a=1.0),
+    packed((30, 0, 40), K=64, V=64, dtype=torch.bfloat16, scale=0.1, decay="scalar", state=True),
+    replace(CASE, T=0, a=0.5, state=True),
+]
+
+
+def definitions() -> None:
+    """On a machine without a GPU: the ops are defined, tell shapes, and have no CPU kernel."""
+    assert compiled_library_problem is None, compiled_library_problem
+    assert compiled_build_info()["architectures"] == "sm_80,sm_90a,compute_80"
+    assert explain("cpu", torch.bfloat16)[0] == "chunked"
+    ops, members = torch.ops.hf_linattn, (None,) * 4
+    with FakeTensorMode():
+        q, k, v, g = torch.empty(2, 5, 4, 16), torch.empty(2, 5, 2, 16), torch.empty(2, 5, 2, 8), torch.empty(2, 5, 2)
+        forward = (q, k, v, g, *members, None, 0.5, 1.0, True, True, True, False, 0)
+        o, den, _, *final = ops.linear_attention_forward(*forward)
+        assert o.shape == (2, 5, 4, 8)
+        assert den.shape == (2, 4, 5)
+        assert [x.shape for x in final] == [(2, 2, 16, 8), (2, 2, 16), (2, 2, 8), (2, 2)]
+        flags = (None, 0.0, 1.0, False, True, True, False, 0)
+        grads = ops.linear_attention_backward(o, q, k, v, o, None, None, g, *members, *members, *members, *flags)
+        assert [x.shape for x in grads] == [q.shape, k.shape, v.shape, g.shape, *[(0,)] * 4]
+        step = ops.linear_attention_step(
+            q[:, 0], k[:, 0], v[:, 0], None, final[0], final[1], None, None, 0.0, 1.0, True, 0
+        )
+        assert step.shape == (2, 4, 8)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        ops.linear_attention_forward(*(torch.zeros(x.shape) for x in (q, k, v, g)), *forward[4:])
+
+
+def emulation() -> None:
+    """The kernels on the CPU behind the binding: outputs, states and gradients against the reference."""
+    for case in EMULATED_CASES:
+        check(case, make_inputs(case), Target("cuda", "cpu"))
+
+    inputs = make_inputs(CASE)
+    expected = call_op(CASE, inputs, "cuda")[0]
+    # Memory in the order of Transformers, [B, H, T, D], and a last dimension that is not contiguous.
+    for order in ((0, 2, 1, 3), (0, 1, 3, 2)):
+        moved = {name: x.permute(order).contiguous().permute(order) for name, x in inputs.items()}
+        assert torch.equal(call_op(CASE, moved, "cuda")[0], expected)
+
+    # A state that a backward has saved must not change unnoticed.
+    state = init_state(1, CASE.H_kv, 64, 64)
+    state.kv.requires_grad_()
+    o, _ = linear_attention(*(inputs[name][:, :1] for name in ("q", "k", "v")), initial_state=state, backend="cuda")
+    linear_attention_step(*(inputs[name][:, 0] for name in ("q", "k", "v")), state, feature_map="l2", backend="cuda")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+    # A gradient for what asked for one, and for the part of the output that was read.
+    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    v = v.clone().requires_grad_()
+    o, final = linear_attention(q, k, v, output_final_state=True, backend="cuda")
+    final.kv.sum().backward(retain_graph=True)
+    expected = k.float().sum(-1, keepdim=True).expand(v.shape)
+    torch.testing.assert_close(v.grad.float(), expected, rtol=0.02, atol=0.1)
+    dv = torch.autograd.grad(o.float().square().sum(), v, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dv.sum().backward()
+
+
+if __name__ == "__main__":
+    {"definitions": definitions, "emulation": emulation}[sys.argv[1]]()
+    print("done")

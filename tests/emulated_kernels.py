@@ -1,0 +1,397 @@
+"""The CUDA kernels on a CPU: kernels/csrc built with a host compiler (emulation.h), called through the C interface.
+
+`forward`, `backward` and `step` take CPU tensors in the layout of hf_linattn.kernels and return tensors. Outputs are
+NaN before the call, and every buffer stands between bytes that the kernels must leave alone.
+
+Environment: HF_LINATTN_EMULATED_SMS (4) and HF_LINATTN_EMULATED_CAPABILITY (90) are the GPU that the launchers see;
+HF_LINATTN_EMULATED_SEED other than 0 shuffles threads, blocks and copies.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from emulated_build import SOURCES, build_library
+from torch import Tensor
+
+from hf_linattn.kernels import LinearAttentionState
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+FEATURE_MAPS = {"none": 0, "elu": 1, "relu": 2, "l2": 3}
+PATHS = {"auto": 0, "sm80": 1, "sm90": 2}
+MARGIN, ALIGNMENT = 1024, 256
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p)] + [
+        (name, ctypes.c_int64) for name in ("batch_stride", "token_stride", "head_stride")
+    ]
+
+
+class _State(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in LinearAttentionState._fields]
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("dtype", "path", "batch", "num_heads", "num_kv_heads", "feature_dim")),
+        ("value_dim", ctypes.c_int32),
+        ("tokens", ctypes.c_int64),
+        ("num_sequences", ctypes.c_int32),
+        ("cu_seqlens", ctypes.c_void_p),
+        ("cu_seqlens_is_int64", ctypes.c_int32),
+        ("a", ctypes.c_float),
+        ("b", ctypes.c_float),
+        ("normalize", ctypes.c_int32),
+        ("causal", ctypes.c_int32),
+        *((name, _Tensor) for name in ("q", "k", "v")),
+        ("g", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("g_batch_stride", "g_token_stride", "g_head_stride")),
+        ("initial_state", _State),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [
+        ("o", _Tensor),
+        ("d_o", _Tensor),
+        ("den", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("d_final", _State),
+        ("final_state", _State),
+        *((name, _Tensor) for name in ("dq", "dk", "dv")),
+        ("dg", ctypes.c_void_p),
+        ("d_initial", _State),
+    ]
+
+
+class _StepProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("dtype", "feature_map", "batch", "num_heads", "num_kv_heads")),
+        *((name, ctypes.c_int32) for name in ("feature_dim", "value_dim")),
+        ("a", ctypes.c_float),
+        ("b", ctypes.c_float),
+        ("normalize", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        *((f"{x}_{axis}_stride", ctypes.c_int64) for x in "qkv" for axis in ("batch", "head")),
+        ("g", ctypes.c_void_p),
+        *((f"g_{axis}_stride", ctypes.c_int64) for axis in ("batch", "head")),
+        ("state", _State),
+        ("o", ctypes.c_void_p),
+    ]
+
+
+def load_kernels() -> ctypes.CDLL:
+    """All kernels; building them takes minutes."""
+    return _load("hf_linattn_emulated", tuple(sorted(SOURCES.glob("*.cu"))))
+
+
+def load_parts() -> ctypes.CDLL:
+    """The small kernels with tests/emulated_probe.cu; built in seconds."""
+    parts = (SOURCES / "step.cu", SOURCES / "decay_gradient.cu")
+    return _load("hf_linattn_emulated_parts", (*parts, Path(__file__).with_name("emulated_probe.cu")))
+
+
+@functools.cache
+def _load(name: str, sources: tuple[Path, ...]) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build_library(name, sources)))
+    library.hf_linattn_last_error.restype = ctypes.c_char_p
+    for function in ("hf_linattn_forward_workspace", "hf_linattn_backward_workspace", "hf_linattn_residual_bytes"):
+        if hasattr(library, function):
+            getattr(library, function).restype = ctypes.c_size_t
+    return library
+
+
+class _Buffers:
+    """Outputs of one call: NaN at first, with a margin of known bytes on both sides that `check` looks at."""
+
+    def __init__(self):
+        self._outside = []
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        whole = torch.full((size + 2 * MARGIN + ALIGNMENT,), 0x5A, dtype=torch.uint8)
+        start = MARGIN + -whole.data_ptr() % ALIGNMENT
+        inside = whole[start : start + size]
+        inside.fill_(0xFF)
+        self._outside += [whole[:start], whole[start + size :]]
+        return inside.view(dtype).view(shape)
+
+    def copy(self, x: Tensor) -> Tensor:
+        return self.empty(*x.shape, dtype=x.dtype).copy_(x)
+
+    def check(self) -> None:
+        if not all(bool((x == 0x5A).all()) for x in self._outside):
+            raise RuntimeError("a kernel wrote outside one of its outputs")
+
+
+def _call(library: ctypes.CDLL, function: str, *arguments) -> None:
+    if getattr(library, function)(*arguments) != 0:
+        raise RuntimeError(f"{function}: {library.hf_linattn_last_error().decode()}")
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _tensor(x: Tensor | None) -> _Tensor:
+    return _Tensor() if x is None else _Tensor(x.data_ptr(), *x.stride()[:3])
+
+
+def _state(state: LinearAttentionState | None) -> _State:
+    for x in state or ():
+        if x is not None and not (x.is_contiguous() and x.dtype == torch.float32):
+            raise ValueError("state: expected contiguous float32 tensors")
+    return _State(*(map(_pointer, state) if state is not None else ()))
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    a: float,
+    b: float,
+    normalize: bool,
+    causal: bool,
+    initial_state: LinearAttentionState | None,
+    cu_seqlens: Tensor | None,
+    path: str,
+) -> _Problem:
+    return _Problem(
+        dtype=DTYPES[q.dtype],
+        path=PATHS[path],
+        batch=q.shape[0],
+        num_heads=q.shape[2],
+        num_kv_heads=k.shape[2],
+        feature_dim=q.shape[3],
+        value_dim=v.shape[3],
+        tokens=q.shape[1],
+        num_sequences=q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1,
+        cu_seqlens=_pointer(cu_seqlens),
+        cu_seqlens_is_int64=cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
+        a=a,
+        b=b,
+        normalize=normalize,
+        causal=causal,
+        q=_tensor(q),
+        k=_tensor(k),
+        v=_tensor(v),
+        g=_pointer(g),
+        **dict(
+            zip(
+                ("g_batch_stride", "g_token_stride", "g_head_stride"),
+                g.stride() if g is not None else (),
+                strict=False,
+            )
+        ),
+        initial_state=_state(initial_state),
+    )
+
+
+def _empty_state(buffers: _Buffers, problem: _Problem) -> LinearAttentionState:
+    """A state to be written, with the members that the op has."""
+    present = {"kv": True, "key_sum": problem.normalize, "value_sum": problem.a != 0}
+    present["weight_sum"] = present["key_sum"] and present["value_sum"]
+    k, v = problem.feature_dim, problem.value_dim
+    shapes = {"kv": (k, v), "key_sum": (k,), "value_sum": (v,), "weight_sum": ()}
+    lead = (problem.num_sequences, problem.num_kv_heads)
+    return LinearAttentionState(
+        *(buffers.empty(*lead, *shapes[x], dtype=torch.float32) if present[x] else None for x in shapes)
+    )
+
+
+def chosen_path(q: Tensor, k: Tensor, v: Tensor, *, forced: str = "auto", cu_seqlens: Tensor | None = None) -> str:
+    """Which kernels `forward` would run, "sm80" or "sm90".
+
+    Raises:
+        RuntimeError: no kernel takes the problem.
+    """
+    problem = _problem(q, k, v, None, 0.0, 1.0, True, True, None, cu_seqlens, forced)
+    chosen = load_kernels().hf_linattn_path(ctypes.byref(problem))
+    if chosen < 0:
+        raise RuntimeError(f"hf_linattn_path: {load_kernels().hf_linattn_last_error().decode()}")
+    return next(name for name, value in PATHS.items() if value == chosen)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    a: float = 0.0,
+    b: float = 1.0,
+    normalize: bool = True,
+    causal: bool = True,
+    initial_state: LinearAttentionState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    path: str = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None, LinearAttentionState | None]:
+    """o `[B, T, H, V]`, den `[B, H, T]` and residual (bytes) or None, final state (None unless asked)."""
+    problem = _problem(q, k, v, g, a, b, normalize, causal, initial_state, cu_seqlens, path)
+    buffers = _Buffers()
+    o = buffers.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    den = buffers.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32) if normalize else None
+    final = _empty_state(buffers, problem) if output_final_state else None
+    residual_bytes = load_kernels().hf_linattn_residual_bytes(ctypes.byref(problem))
+    residual = buffers.empty(residual_bytes, dtype=torch.uint8) if residual_bytes else None
+    size = load_kernels().hf_linattn_forward_workspace(ctypes.byref(problem))
+    workspace = buffers.empty(size, dtype=torch.uint8)
+    _call(
+        load_kernels(),
+        "hf_linattn_forward",
+        ctypes.byref(problem),
+        ctypes.byref(_tensor(o)),
+        ctypes.c_void_p(_pointer(den)),
+        ctypes.c_void_p(_pointer(residual)),
+        ctypes.byref(_state(final)),
+        ctypes.c_void_p(workspace.data_ptr()),
+        None,
+    )
+    buffers.check()
+    return o, den, residual, final
+
+
+def backward(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    den: Tensor | None,
+    residual: Tensor | None = None,
+    g: Tensor | None = None,
+    *,
+    a: float = 0.0,
+    b: float = 1.0,
+    normalize: bool = True,
+    causal: bool = True,
+    initial_state: LinearAttentionState | None = None,
+    d_final: LinearAttentionState | None = None,
+    final_state: LinearAttentionState | None = None,
+    cu_seqlens: Tensor | None = None,
+    needs_dg: bool = True,
+    needs_d_initial: bool = False,
+    path: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, LinearAttentionState | None]:
+    """dq, dk, dv, dg `[B, T, H_kv]` (None without g or unless asked), gradient of the initial state (or None)."""
+    problem = _problem(q, k, v, g, a, b, normalize, causal, initial_state, cu_seqlens, path)
+    buffers = _Buffers()
+    dq, dk, dv = (buffers.empty(*x.shape, dtype=x.dtype) for x in (q, k, v))
+    dg = buffers.empty(*k.shape[:3], dtype=torch.float32) if needs_dg and g is not None else None
+    d_initial = _empty_state(buffers, problem) if needs_d_initial else None
+    gradients = _Gradients(
+        o=_tensor(o),
+        d_o=_tensor(d_o),
+        den=_pointer(den),
+        residual=_pointer(residual),
+        d_final=_state(d_final),
+        final_state=_state(final_state),
+        dq=_tensor(dq),
+        dk=_tensor(dk),
+        dv=_tensor(dv),
+        dg=_pointer(dg),
+        d_initial=_state(d_initial),
+    )
+    size = load_kernels().hf_linattn_backward_workspace(ctypes.byref(problem))
+    workspace = buffers.empty(size, dtype=torch.uint8)
+    _call(
+        load_kernels(),
+        "hf_linattn_backward",
+        ctypes.byref(problem),
+        ctypes.byref(gradients),
+        ctypes.c_void_p(workspace.data_ptr()),
+        None,
+    )
+    buffers.check()
+    return dq, dk, dv, dg, d_initial
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: LinearAttentionState,
+    g: Tensor | None = None,
+    *,
+    a: float = 0.0,
+    b: float = 1.0,
+    normalize: bool = True,
+    feature_map: str = "none",
+) -> tuple[Tensor, LinearAttentionState]:
+    """o `[B, H, V]` and the new state; the one given is left as it is."""
+    buffers = _Buffers()
+    o = buffers.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
+    new = LinearAttentionState(*(None if x is None else buffers.copy(x) for x in state))
+    strides = {
+        f"{name}_{axis}_stride": n
+        for name, x in zip("qkv", (q, k, v), strict=True)
+        for axis, n in zip(("batch", "head"), x.stride(), strict=False)
+    }
+    if g is not None:
+        strides |= {"g_batch_stride": g.stride(0), "g_head_stride": g.stride(1)}
+    problem = _StepProblem(
+        dtype=DTYPES[q.dtype],
+        feature_map=FEATURE_MAPS[feature_map],
+        batch=q.shape[0],
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        feature_dim=q.shape[2],
+        value_dim=v.shape[2],
+        a=a,
+        b=b,
+        normalize=normalize,
+        q=_pointer(q),
+        k=_pointer(k),
+        v=_pointer(v),
+        g=_pointer(g),
+        state=_state(new),
+        o=_pointer(o),
+        **strides,
+    )
+    _call(load_parts(), "hf_linattn_step", ctypes.byref(problem), None)
+    buffers.check()
+    return o, new
+
+
+def decay_gradient(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    den: Tensor | None,
+    columns: Tensor,
+    along: Tensor | None,
+    *,
+    d_final: LinearAttentionState | None = None,
+    final_state: LinearAttentionState | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """dg `[B, T, H_kv]` by decay_gradient.cu alone; `columns` `[B, H_kv, T]` is v . dv + dvone."""
+    parts = torch.zeros(-(-v.shape[3] // 32), *columns.shape)
+    parts[-1] = columns
+    problem = _problem(q, k, v, None, 0.0, 1.0, den is not None, True, None, cu_seqlens, "auto")
+    buffers = _Buffers()
+    dg = buffers.empty(*k.shape[:3], dtype=torch.float32)
+    gradients = _Gradients(
+        o=_tensor(o),
+        d_o=_tensor(d_o),
+        den=_pointer(den),
+        d_final=_state(d_final),
+        final_state=_state(final_state),
+        dg=_pointer(dg),
+    )
+    _call(
+        load_parts(),
+        "probe_decay_gradient",
+        ctypes.byref(problem),
+        ctypes.byref(gradients),
+        ctypes.c_void_p(_pointer(parts)),
+        ctypes.c_void_p(_pointer(along)),
+    )
+    buffers.check()
+    return dg
