@@ -110,9 +110,13 @@ def force(monkeypatch: pytest.MonkeyPatch, path: str | None) -> None:
 
 @contextlib.contextmanager
 def skip_if_refused(must_run: bool) -> Iterator[None]:
-    """Skips the test where Hopper's kernels are forced on a case that they refuse, and need not take."""
+    """Skips the test where compiled kernels are forced on a case that they refuse, and need not take."""
     try:
         yield
+    except ValueError as error:
+        if "dimensions of float" not in str(error):  # bfloat16 goes to 256, the others to 128
+            raise
+        pytest.skip(str(error))
     except RuntimeError as error:
         is_refusal = any(words in str(error) for words in ("Hopper kernels take", "multiple of 16 bytes"))
         if must_run or os.environ.get(CUDA_PATH_VARIABLE) != "sm90" or not is_refusal:

@@ -574,12 +574,11 @@ struct ScanWarpgroup {
       uint32_t words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        words[i] = 0;
+        uint32_t bits[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float value = o[16 * unit + 4 * i + e] * row_scale[e / 2];
-          words[i] |= (__float_as_uint(value) + kResidualBias >> 8 & 0xff) << (8 * e);
-        }
+        for (int e = 0; e < 4; ++e) bits[e] = __float_as_uint(o[16 * unit + 4 * i + e] * row_scale[e / 2]) + kResidualBias;
+        // Byte 1 of each. (As shifts and masks, nvcc 13.0 got bytes 2 and 3 wrong in the portable kernels.)
+        words[i] = __byte_perm(__byte_perm(bits[0], bits[1], 0x0051), __byte_perm(bits[2], bits[3], 0x0051), 0x5410);
       }
       const int64_t block = (chunk * args.num_heads + head) * residual_units(args.value_dim) + column0 / kResidualColumns;
       uint4* at = reinterpret_cast<uint4*>(args.residual + (block + unit) * kResidualUnitBytes);
