@@ -16,6 +16,7 @@ from emulated_build import SOURCES, build_library
 from torch import Tensor
 
 from hf_linattn.kernels import LinearAttentionState
+from hf_linattn.kernels.state import linear_state_shapes
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 FEATURE_MAPS = {"none": 0, "elu": 1, "relu": 2, "l2": 3}
@@ -192,13 +193,10 @@ def _problem(
 
 def _empty_state(buffers: _Buffers, problem: _Problem) -> LinearAttentionState:
     """A state to be written, with the members that the op has."""
-    present = {"kv": True, "key_sum": problem.normalize, "value_sum": problem.a != 0}
-    present["weight_sum"] = present["key_sum"] and present["value_sum"]
-    k, v = problem.feature_dim, problem.value_dim
-    shapes = {"kv": (k, v), "key_sum": (k,), "value_sum": (v,), "weight_sum": ()}
-    lead = (problem.num_sequences, problem.num_kv_heads)
+    sizes = (problem.num_sequences, problem.num_kv_heads, problem.feature_dim, problem.value_dim)
+    shapes = linear_state_shapes(*sizes, a=problem.a, normalize=bool(problem.normalize))
     return LinearAttentionState(
-        *(buffers.empty(*lead, *shapes[x], dtype=torch.float32) if present[x] else None for x in shapes)
+        *(None if shape is None else buffers.empty(*shape, dtype=torch.float32) for shape in shapes)
     )
 
 

@@ -16,15 +16,15 @@
 
 #include "launch.cuh"
 #include "ptx.cuh"
+#include "scan.h"
 
 namespace hf_linattn {
 namespace {
 
-constexpr int kWarp = 32, kTokensPerWarp = 16, kColumnsPerPart = 32;
+constexpr int kWarp = 32, kTokensPerWarp = 16;
 constexpr int kTermThreads = 256, kTokensPerBlock = kTermThreads / kWarp * kTokensPerWarp;
 constexpr int kSumThreads = 512, kSumWarps = kSumThreads / kWarp, kTokensPerThread = 4;
 constexpr int kTile = kSumThreads * kTokensPerThread;
-constexpr float kDenominatorEps = 1e-6f;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kTermThreads)
   const int64_t end = p.cu_seqlens == nullptr ? p.tokens : boundary(p, p.num_sequences);
   float* const dg = d.dg + batch * p.tokens * p.num_kv_heads + kv_head;
 
-  const int parts = (p.value_dim + kColumnsPerPart - 1) / kColumnsPerPart;
+  const int parts = residual_units(p.value_dim);
   const int64_t part_size = static_cast<int64_t>(p.batch) * p.num_kv_heads * p.tokens;
 
   for (int i = 0; i < kTokensPerWarp; ++i) {

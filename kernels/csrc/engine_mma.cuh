@@ -99,10 +99,6 @@ struct Bf16Mma {
   static __device__ __forceinline__ FragmentB pack_b(const float (&v)[4]) {
     return {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])};
   }
-  static __device__ __forceinline__ void unpack_a(const FragmentA& a, float (&v)[8]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[2 * i] = low_of(a.r[i]), v[2 * i + 1] = high_of(a.r[i]);
-  }
   // Column factors f: of columns 2t, 2t+1, 2t+8, 2t+9.
   static __device__ __forceinline__ void scale_columns(FragmentA& a, const float (&f)[4]) {
 #pragma unroll
@@ -249,10 +245,6 @@ struct Tf32Mma {
     return a;
   }
   static __device__ __forceinline__ FragmentB pack_b(const float (&v)[4]) { return {v[0], v[1], v[2], v[3]}; }
-  static __device__ __forceinline__ void unpack_a(const FragmentA& a, float (&v)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = a.r[i];
-  }
   static __device__ __forceinline__ void scale_columns(FragmentA& a, const float (&f)[4]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) a.r[i] = scaled(a.r[i], f[i / 4 * 2 + i % 2]);

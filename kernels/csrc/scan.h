@@ -11,7 +11,7 @@
 //   kKeyGrad   v   do  q    dk   j >= i     b/den_j  -b do_j.o_j/den_j  1
 //   kValueGrad k   q   do   dv   j >= i     b/den_j  a/den_j          1
 //
-// kState and kStateGrad form the state alone, of k, v and of q, do. Derivation: kernels/csrc/README.md.
+// kState and kStateGrad form the state alone, of k, v and of q, do. The op itself: kernels/python/reference.py.
 #ifndef HF_LINATTN_SCAN_H_
 #define HF_LINATTN_SCAN_H_
 
@@ -68,7 +68,7 @@ struct ScanArgs {
   int normalize;
   float* den;       // [B,H,T]: written by kOutput, read by all gradients; null without normalize
   float* along;     // [B,H,T] do.o, 0 where den is held at eps: of run_row_products, read by the gradients; or null
-  // 8 bits more of every element of o, in the order in which the threads of a warpgroup hold a chunk: see residual_at.
+  // 8 bits more of every element of o, in the order in which the threads of a warpgroup hold a chunk: see below.
   uint8_t* residual;  // written by kOutput, read by run_row_products; or null
   float* extra_out; // [ceil(V/32),B,H_kv,T]: kValueGrad's v . dv and, with the first columns, its extra column; or null
   hf_linattn_state first;    // by sequence: state to start from; null members count as zero

@@ -8,10 +8,6 @@
 
 namespace hf_linattn {
 
-struct StageTiles {
-  uint32_t x, y, z;
-};
-
 template <class Work>
 struct CopyPipe {
   using XTile = typename Work::XTile;

@@ -20,10 +20,6 @@ struct TileMaps {
 
 #if HF_LINATTN_HAS_SM90
 
-struct StageTiles90 {
-  uint32_t x, y, z;
-};
-
 // Shared memory of a CTA: barriers, stages, operand copies of the state, then what each warpgroup keeps for itself.
 template <class Work>
 struct Layout90 {
@@ -63,7 +59,7 @@ struct RingPipe {
   int taken = 0, freed = 0;  // stages; one more may be taken before the last is freed
   uint32_t parity = 0;
 
-  __device__ __forceinline__ StageTiles90 acquire() {
+  __device__ __forceinline__ StageTiles acquire() {
     ptx::mbarrier_wait(Layout::full(base, taken), parity);
     const uint32_t tiles = Layout::stage(base, taken);
     if (++taken == Layout::kStages) taken = 0, parity ^= 1;

@@ -12,6 +12,12 @@
 namespace hf_linattn {
 
 constexpr int kWarpgroupThreads = 128;
+
+// Where the tiles of a chunk lie in shared memory.
+struct StageTiles {
+  uint32_t x, y, z;
+};
+
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kSmallestLogDecay = -120.f;  // e^-120 is 0 in float32; -inf would leave NaN in differences
 
@@ -100,10 +106,9 @@ struct ScanWarpgroup {
   static constexpr bool kHasSources = kCausal || kStateOnly;
   static constexpr bool kRowConstant = kKind == ScanKind::kQueryGrad;
   // dq is a difference of two sums over all keys that nearly cancel: its state operand keeps twice the bits.
-  // So does that of dv under decay, for dg. Twice the space is more than shared memory holds of 256 rows of float.
+  // So does that of dv under decay, for dg.
   static constexpr bool kCancels = kKind == ScanKind::kQueryGrad || (kKind == ScanKind::kValueGrad && kDecay);
-  static constexpr bool kHasSpace = kRows <= 128 || std::is_same_v<Element, __nv_bfloat16>;
-  static constexpr int kStateParts = kCancels && Engine::kIsRounding && kHasSpace ? 2 : 1;
+  static constexpr int kStateParts = kCancels && Engine::kIsRounding ? 2 : 1;
   static constexpr int kRowsPadded = kRows, kColumns = kCols;
   // An asynchronous engine reads the row sums as one more column of the state's operand, which then cannot be shared, and
   // forms them with a tile of ones as operand. The others, and the gradients, use small products.
@@ -347,7 +352,7 @@ struct ScanWarpgroup {
     const float* key_sum = entry(from.key_sum, index, args.feature_dim);
     const float* value_sum = entry(from.value_sum, index, args.value_dim);
     const float* weight_sum = entry(from.weight_sum, index, 1);
-    const int row_count = args.y.dim, column_count = args.z.dim, pitch = state_pitch();
+    const int row_count = args.y.dim, column_count = args.z.dim, pitch = hidden(args.value_dim);
 #pragma unroll
     for (int m = 0; m < kStateTiles; ++m) {
 #pragma unroll
@@ -387,7 +392,7 @@ struct ScanWarpgroup {
     float* key_sum = entry(to.key_sum, index, args.feature_dim);
     float* value_sum = entry(to.value_sum, index, args.value_dim);
     float* weight_sum = entry(to.weight_sum, index, 1);
-    const int row_count = args.y.dim, column_count = args.z.dim, pitch = state_pitch();
+    const int row_count = args.y.dim, column_count = args.z.dim, pitch = hidden(args.value_dim);
     if (kv != nullptr) {
 #pragma unroll
       for (int m = 0; m < kStateTiles; ++m) {
@@ -988,12 +993,6 @@ struct ScanWarpgroup {
   __device__ __forceinline__ int own_column(int n, int i) const { return kOwnColumns * warp + 8 * n + 2 * t + i % 2; }
   __device__ __forceinline__ int state_offset(int row, int column, int pitch) const {
     return kTransposed ? column * pitch + row : row * pitch + column;
-  }
-  // value_dim, as a number of its own at each use: the offsets of a load would be kept in registers for a later store.
-  __device__ __forceinline__ int state_pitch() const {
-    uint32_t pitch[1] = {static_cast<uint32_t>(args.value_dim)};
-    ptx::keep(pitch);
-    return static_cast<int>(pitch[0]);
   }
   // Boundaries are counted over all sequences: one less than slots in each.
   __device__ __forceinline__ int boundary(bool before) const { return segment.slot - segment.sequence - (before ? 1 : 0); }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_linattn.kernels.cuda_library import compiled_library_problem, forced_cuda_path
-from hf_linattn.kernels.state import LinearAttentionState
+from hf_linattn.kernels.state import LinearAttentionState, linear_state_shapes
 
 # kChunk and kResidualColumns of kernels/csrc/scan.h.
 CHUNK, RESIDUAL_COLUMNS = 64, 32
@@ -141,14 +141,8 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def _empty_state(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, a: float, normalize: bool, wanted: bool):
     n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    kv_heads, feature_dim, value_dim = k.shape[2], k.shape[3], v.shape[3]
-    shapes = (
-        ((n, kv_heads, feature_dim, value_dim), wanted),
-        ((n, kv_heads, feature_dim), wanted and normalize),
-        ((n, kv_heads, value_dim), wanted and a != 0),
-        ((n, kv_heads), wanted and normalize and a != 0),
-    )
-    return tuple(q.new_empty(shape if present else (0,), dtype=torch.float32) for shape, present in shapes)
+    shapes = linear_state_shapes(n, *k.shape[2:], v.shape[3], a=a, normalize=normalize)
+    return tuple(q.new_empty(shape if wanted and shape is not None else (0,), dtype=torch.float32) for shape in shapes)
 
 
 def _fake_linear_forward(q, k, v, g, kv, key_sum, value_sum, weight_sum, cu_seqlens, a, b, normalize, causal, *flags):
