@@ -824,6 +824,16 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
   });
 }
 
+inline uint32_t fma_bf16x2(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto part = [shift](uint32_t pair) { return double{emulation::bf16_to_float(static_cast<uint16_t>(pair >> shift))}; };
+    const __nv_bfloat16_raw raw = __double2bfloat16(part(x) * part(y) + part(z));
+    result |= static_cast<uint32_t>(raw.x) << shift;
+  }
+  return result;
+}
+
 inline uint32_t to_tf32(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

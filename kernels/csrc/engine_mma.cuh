@@ -27,8 +27,6 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 }
 __device__ __forceinline__ float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_of(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-// A factor of zero also stands for "no such token", whose entry may be NaN.
-__device__ __forceinline__ float scaled(float value, float factor) { return factor == 0.f ? 0.f : value * factor; }
 
 // Tiles of bf16: 128-byte rows of 64 elements whose 16-byte units are exchanged as the copy engine and wgmma do
 // (unit ^ row % 8); wider tiles are several such tiles, one after the other. 32 columns make 64-byte rows.
@@ -64,9 +62,9 @@ struct Bf16Mma {
   static constexpr int kScoreColumns = 64;   // scores of a warp's rows in registers at a time
   static constexpr int kMaxWideRows = 128;   // rows of a state of which registers hold 64 columns, else 32
 
-  // A tile as operand B, from this column on.
+  // A tile as operand B.
   using Operand = uint32_t;
-  static __device__ __forceinline__ Operand operand(uint32_t tile, int column) { return tile; }
+  static __device__ __forceinline__ Operand operand(uint32_t tile) { return tile; }
 
   static __device__ __forceinline__ float round(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 
@@ -99,12 +97,24 @@ struct Bf16Mma {
   static __device__ __forceinline__ FragmentB pack_b(const float (&v)[4]) {
     return {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])};
   }
-  // Column factors f: of columns 2t, 2t+1, 2t+8, 2t+9.
-  static __device__ __forceinline__ void scale_columns(FragmentA& a, const float (&f)[4]) {
+  // Factors f of columns 2t, 2t+1, 2t+8, 2t+9, in two rounded parts: a scaled element is rounded once.
+  struct Factors {
+    uint32_t high[2], low[2];
+  };
+  static __device__ __forceinline__ Factors pack_factors(const float (&f)[4]) {
+    Factors factors;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      factors.high[i] = pack_bf16(f[2 * i], f[2 * i + 1]);
+      factors.low[i] = pack_bf16(f[2 * i] - low_of(factors.high[i]), f[2 * i + 1] - high_of(factors.high[i]));
+    }
+    return factors;
+  }
+  static __device__ __forceinline__ void scale_columns(FragmentA& a, const Factors& f) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int pair = i / 2 * 2;
-      a.r[i] = pack_bf16(scaled(low_of(a.r[i]), f[pair]), scaled(high_of(a.r[i]), f[pair + 1]));
+      const uint32_t rest = ptx::fma_bf16x2(a.r[i], f.low[i / 2], 0x80008000u);
+      a.r[i] = ptx::fma_bf16x2(a.r[i], f.high[i / 2], rest);
     }
   }
   static __device__ __forceinline__ void mma(float (&d)[4], const FragmentA& a, const FragmentB& b) {
@@ -212,7 +222,7 @@ struct Tf32Mma {
   static constexpr int kMaxWideRows = kPasses == 3 ? 64 : 128;
 
   using Operand = uint32_t;
-  static __device__ __forceinline__ Operand operand(uint32_t tile, int column) { return tile; }
+  static __device__ __forceinline__ Operand operand(uint32_t tile) { return tile; }
 
   static __device__ __forceinline__ float round(float x) {
     return kPasses == 3 ? x : __uint_as_float(ptx::to_tf32(x));
@@ -245,9 +255,13 @@ struct Tf32Mma {
     return a;
   }
   static __device__ __forceinline__ FragmentB pack_b(const float (&v)[4]) { return {v[0], v[1], v[2], v[3]}; }
-  static __device__ __forceinline__ void scale_columns(FragmentA& a, const float (&f)[4]) {
+  struct Factors {
+    float f[4];
+  };
+  static __device__ __forceinline__ Factors pack_factors(const float (&f)[4]) { return {f[0], f[1], f[2], f[3]}; }
+  static __device__ __forceinline__ void scale_columns(FragmentA& a, const Factors& factors) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) a.r[i] = scaled(a.r[i], f[i / 4 * 2 + i % 2]);
+    for (int i = 0; i < 8; ++i) a.r[i] *= factors.f[i / 4 * 2 + i % 2];
   }
   // mma.m16n8k8 twice. The order of its k is ours to choose, as long as both operands agree: (t, t+4) are (2t, 2t+1).
   // The unit truncates where it adds to an accumulator, a bias that grows with the sum: three passes add ordinarily.

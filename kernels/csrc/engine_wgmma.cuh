@@ -17,9 +17,7 @@ struct Bf16Wgmma : Bf16Mma {
 
   // Descriptors count in units of 16 bytes: a place within a tile is a constant to add.
   using Operand = uint64_t;
-  static __device__ __forceinline__ Operand operand(uint32_t tile, int column) {
-    return ptx::wgmma_descriptor(tile + column * 2);
-  }
+  static __device__ __forceinline__ Operand operand(uint32_t tile) { return ptx::wgmma_descriptor(tile); }
 
   template <int kN, class Layout>
   static __device__ __forceinline__ void gemm_kn(float (&acc)[kN / 2], const FragmentA& a, Operand tile, int k0,

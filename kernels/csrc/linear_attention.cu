@@ -98,23 +98,10 @@ int run_scan(const hf_linattn_problem& problem, ScanKind kind, const ScanArgs& a
   return run_scan_sm80(kind, problem.causal, problem.dtype, args, stream);
 }
 
-// The Hopper kernel for dk and dv at once pads rows and columns of either state to the same size.
-int run_source_gradients(const hf_linattn_problem& problem, const ScanArgs& key, const ScanArgs& value, void* stream) {
-  const bool is_square = (problem.feature_dim <= 64) == (problem.value_dim <= 64);
-  if (problem.path != HF_LINATTN_PATH_SM80 && is_square && problem.tokens > 0 &&
-      check_scan_sm90(ScanKind::kKeyGrad, problem.dtype, key) == 0 &&
-      check_scan_sm90(ScanKind::kValueGrad, problem.dtype, value) == 0) {
-    return run_source_gradients_sm90(problem.causal, key, value, stream);
-  }
-  if (int error = run_scan(problem, ScanKind::kKeyGrad, key, stream)) return error;
-  return run_scan(problem, ScanKind::kValueGrad, value, stream);
-}
-
 // Readies args for a scan over `heads` heads and `columns` columns: cuts sequences into segments and finds the state each
 // starts from, by passes of `state_kind` over state_args' y and z. `total` receives what a scan that is not causal reads.
 int prepare_states(const hf_linattn_problem& problem, ScanKind state_kind, ScanArgs state_args, int columns,
                    Workspace& workspace, const hf_linattn_state* total, bool only_count, ScanArgs& args, void* stream) {
-  // dk and dv together have as many CTAs of 128 columns as dq and the output have of 64.
   const int heads = is_reverse(state_kind) ? problem.num_kv_heads : problem.num_heads;
   plan_segments(problem, heads * ceil_div(columns, kTileColumns), args);
   state_args.segment_tokens = args.segment_tokens;
@@ -229,7 +216,8 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   value.last = gradients.d_initial;
   value.extra_out = extra_out;
   value.o = rows_of(problem.v, values);
-  if (int error = run_source_gradients(problem, key, value, stream)) return error;
+  if (int error = run_scan(problem, ScanKind::kKeyGrad, key, stream)) return error;
+  if (int error = run_scan(problem, ScanKind::kValueGrad, value, stream)) return error;
   return gradients.dg == nullptr ? 0 : run_decay_gradient(&problem, &gradients, extra_out, along, stream);
 }
 

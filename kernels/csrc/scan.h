@@ -100,8 +100,6 @@ struct Segment {
 // Run a scan on `stream`; `is_causal` false reads a finished state and has no scores. Return 0 or an error (launch.cuh).
 int run_scan_sm80(ScanKind kind, bool is_causal, int dtype, const ScanArgs& args, void* stream);
 int run_scan_sm90(ScanKind kind, bool is_causal, const ScanArgs& args, void* stream);
-// kKeyGrad and kValueGrad in one launch, where both have the same padded dimensions.
-int run_source_gradients_sm90(bool is_causal, const ScanArgs& key, const ScanArgs& value, void* stream);
 // 0 if the kernels take these arguments on the current device, else an error.
 int check_scan_sm80(ScanKind kind, bool is_causal, int dtype, const ScanArgs& args);
 int check_scan_sm90(ScanKind kind, int dtype, const ScanArgs& args);

@@ -27,7 +27,7 @@ struct CopyPipe {
       : work(work),
         stages(stages),
         num_stages(num_stages),
-        chunks(static_cast<int>((work.segment.end - work.segment.begin + kChunk - 1) / kChunk)),
+        chunks(work.chunk_count()),
         members(kLoadsSources ? work.group : 1) {
     if (num_stages > 1) load_next();
   }
@@ -43,13 +43,11 @@ struct CopyPipe {
     if (num_stages > 1) load_next();
     return {base, base + kY, base + kZ};
   }
-  __device__ __forceinline__ void release() {}
 
  private:
   __device__ __forceinline__ void load_next() {
     if (step < chunks) {
-      const int chunk = Work::kReverse ? chunks - 1 - step : step;
-      const int64_t first = work.segment.begin + static_cast<int64_t>(chunk) * kChunk;
+      const int64_t first = work.first_token(work.chunk_at(step, chunks));
       const uint32_t base = stages + next_stage * kStageBytes;
       const ScanArgs& args = work.args;
       if (kLoadsX) load<XTile, Work::kRowsPadded>(base, args.x, work.head, first, 0);
@@ -103,26 +101,83 @@ struct CopyPipe {
   }
 };
 
+// The steps of a scan, all by one warpgroup.
+template <class Work, class Pipe>
+__device__ __forceinline__ void run_portable_scan(Work& work, Pipe& pipe) {
+  const int chunks = work.chunk_count(), members = Work::kHasSources ? work.group : 1;
+  float log_decay = 0.f;  // of the whole segment, log2
+  typename Work::TokenInputs next;
+  work.load_state();
+  if (Work::kTokenInputs && chunks > 0) work.load_tokens(next, work.chunk_at(0, chunks), 0);
+  for (int step = 0; step < chunks; ++step) {
+    const int chunk = work.chunk_at(step, chunks);
+    const int64_t first = work.first_token(chunk);
+    const int valid = work.valid_tokens(first);
+    typename Work::RowSums rows;
+    if constexpr (Work::kHasOutput) {
+      __syncthreads();  // the last read of the old operand is over
+      work.publish_state();
+    }
+    for (int member = 0; member < members; ++member) {
+      const bool is_last_member = member == members - 1;
+      const float chunk_decay = work.with_token_arrays(valid) ? work.template publish_tokens<true, true>(next, valid) : 0.f;
+      if (member == 0) work.start_rows(rows, next);
+      if (Work::kTokenInputs && !is_last_member) work.load_tokens(next, chunk, member + 1);
+      else if (Work::kTokenInputs && step + 1 < chunks) work.load_tokens(next, work.chunk_at(step + 1, chunks), 0);
+      const StageTiles stage = pipe.acquire();
+      if constexpr (Work::kHasOutput) {
+        typename Work::FragmentA x[Work::kXFragments];
+        if (member == 0) {
+          if (work.with_extra()) work.read_row_sums(rows.extra, x, stage.x);
+          work.read_state(rows.o, x, stage.x);
+          work.finish_read(rows);
+        }
+        if constexpr (Work::kHasSources) work.add_sources(rows, x, stage, valid);
+        if (is_last_member) work.write_output(rows, first, valid);
+      }
+      if constexpr (Work::kHasSources) {
+        if (Work::kDecays && member == 0) {
+          work.decay_state(exp2f(chunk_decay));
+          log_decay += chunk_decay;
+        }
+        work.update_state(stage);
+      }
+    }
+  }
+  if constexpr (Work::kHasSources) work.store_state(log_decay);
+  if constexpr (Work::kHasOutput) work.clear_tail();
+}
+
+// Shared memory of a CTA: stages, the state's operand, an output tile a warp; then sums, and token arrays a warp.
+template <class Work>
+struct Layout80 {
+  static constexpr int kWarps = kWarpgroupThreads / 32, kOutBytes = Work::kHasOutput ? Work::OutTile::kBytes : 0;
+  static constexpr int kTokenBytes = Work::kTokenArrays * Work::kTokenArrayBytes;
+  static constexpr int bytes(int num_stages) {
+    return num_stages * CopyPipe<Work>::kStageBytes + Work::kOperandBytes + Work::kSumBytes +
+           kWarps * (kOutBytes + kTokenBytes);
+  }
+  static __device__ __forceinline__ typename Work::SharedPlaces places(uint32_t base, int num_stages) {
+    const uint32_t operand = base + num_stages * CopyPipe<Work>::kStageBytes, out = operand + Work::kOperandBytes;
+    const uint32_t sums = out + kWarps * kOutBytes, tokens = sums + Work::kSumBytes, warp = threadIdx.x / 32;
+    return {operand, sums, tokens + warp * kTokenBytes, out + warp * kOutBytes};
+  }
+};
+
+template <class Engine, ScanKind kKind, bool kCausal, int kRows, int kCols>
+using Work80 = ScanWarpgroup<Engine, kKind, kCausal, /*kDecay=*/kCausal, kRows, kCols>;
+
 template <class Engine, ScanKind kKind, bool kCausal, int kRows, int kCols>
 __global__ void __launch_bounds__(kWarpgroupThreads, 1) scan_sm80_kernel(const __grid_constant__ ScanArgs args,
                                                                       int tiles, int heads, int num_stages) {
-  using Work = ScanWarpgroup<Engine, kKind, kCausal, /*kDecay=*/kCausal, kRows, kCols>;
-  using Pipe = CopyPipe<Work>;
+  using Work = Work80<Engine, kKind, kCausal, kRows, kCols>;
   const int tile = blockIdx.x % tiles, head = blockIdx.x / tiles % heads, slot = blockIdx.x / (tiles * heads);
   const Segment segment = find_segment(args, slot);
   if (!is_wanted<kKind, kCausal>(segment)) return;
   const uint32_t base = ptx::smem_address(ptx::dynamic_smem());
-  const uint32_t state_tiles = base + num_stages * Pipe::kStageBytes;
-  Work work(args, segment, head, tile * kCols, /*barrier=*/1, state_tiles + Work::kStateBytes, state_tiles);
-  Pipe pipe(work, base, num_stages);
-  work.run(pipe);
-}
-
-// Shared memory of a CTA with this many stages.
-template <class Engine, ScanKind kKind, bool kCausal, int kRows, int kCols>
-int sm80_smem_bytes(int num_stages) {
-  using Work = ScanWarpgroup<Engine, kKind, kCausal, kCausal, kRows, kCols>;
-  return num_stages * CopyPipe<Work>::kStageBytes + Work::kStateBytes + Work::Shared::kBytes;
+  Work work(args, segment, head, tile * kCols, Layout80<Work>::places(base, num_stages));
+  CopyPipe<Work> pipe(work, base, num_stages);
+  run_portable_scan(work, pipe);
 }
 
 // Shared memory that a CTA may ask for on this device.
@@ -132,9 +187,8 @@ template <class Engine, ScanKind kKind, bool kCausal, int kRows>
 int launch_scan_sm80(const ScanArgs& args, bool only_check, cudaStream_t stream) {
   constexpr int kCols = kRows > Engine::kMaxWideRows ? kTileColumns / 2 : kTileColumns;
   const int limit = smem_limit();
-  int num_stages = 2;
-  if (sm80_smem_bytes<Engine, kKind, kCausal, kRows, kCols>(num_stages) > limit) num_stages = 1;
-  const int smem_bytes = sm80_smem_bytes<Engine, kKind, kCausal, kRows, kCols>(num_stages);
+  using Layout = Layout80<Work80<Engine, kKind, kCausal, kRows, kCols>>;
+  const int num_stages = Layout::bytes(2) > limit ? 1 : 2, smem_bytes = Layout::bytes(num_stages);
   if (smem_bytes > limit) {
     return set_error("dimensions up to %d in this dtype need %d bytes of shared memory a block, the device has %d", kRows,
                      smem_bytes, limit);

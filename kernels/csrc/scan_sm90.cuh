@@ -1,8 +1,12 @@
-// The scans for Hopper (sm_90a): a producer feeds a ring of stages through the copy engine; two consumer warpgroups, each
-// with its columns of the state in registers, multiply with wgmma.
+// The scans for Hopper (sm_90a). A CTA owns 64 columns of the output of one head and segment; its warpgroups share the work
+// by role, so that what one chunk hands to the next is only the update of the state:
 //
-// A CTA owns 64 columns (32 a warpgroup) where there are few heads, 128 (64 a warpgroup) where there are many: the
-// scores, which every warpgroup forms for itself, then serve twice the columns.
+//   producer   asks the copy engine for the tiles of a chunk, into a ring of stages
+//   state      keeps the state in registers, publishes it as an operand before each chunk, adds the chunk to it
+//   rows, two  take chunks in turn: scores, weights, what is read of the state, values, output
+//
+// Each warpgroup of rows has an operand buffer of its own: the state runs up to two chunks ahead of the output. Scans that
+// form the state alone have one state warpgroup for every 64 columns, and no rows.
 #ifndef HF_LINATTN_SCAN_SM90_CUH_
 #define HF_LINATTN_SCAN_SM90_CUH_
 
@@ -12,7 +16,13 @@
 
 namespace hf_linattn {
 
-constexpr int kWarpgroups90 = 2;
+constexpr int kRowGroups = 2;
+
+// Warpgroups of a CTA, by role; `tiles`: of 64 columns of z that a CTA covers.
+HF_LINATTN_BOTH_SIDES constexpr int row_groups_of(ScanKind kind) { return forms_state_only(kind) ? 0 : kRowGroups; }
+HF_LINATTN_BOTH_SIDES constexpr int threads_sm90(ScanKind kind, int tiles) {
+  return (row_groups_of(kind) + tiles + 1) * kWarpgroupThreads;
+}
 
 struct TileMaps {
   CUtensorMap x, y, z;
@@ -20,64 +30,74 @@ struct TileMaps {
 
 #if HF_LINATTN_HAS_SM90
 
-// Shared memory of a CTA: barriers, stages, operand copies of the state, then what each warpgroup keeps for itself.
-template <class Work>
+// Shared memory of a CTA: barriers, stages, operands and sums of the state for each warpgroup of rows, token arrays.
+template <class Work, int kTiles>
 struct Layout90 {
   static constexpr int kXBytes = Work::XTile::kBytes, kZBytes = Work::ZTile::kBytes;
-  static constexpr int kZTiles = kWarpgroups90 * Work::kColumns / kTileColumns;
   static constexpr int kY = Work::kHasOutput ? kXBytes : 0;
   static constexpr int kZ = kY + (Work::kHasSources ? kXBytes : 0);
-  static constexpr int kStageBytes = kZ + (Work::kHasSources ? kZTiles * kZBytes : 0);
-  static constexpr int kBarrierBytes = 1024;
-  static constexpr int kStateTiles = Work::kOwnsStateTile ? kWarpgroups90 : kZTiles;
-  static constexpr int kSmemLimit = 227 * 1024;
-  static constexpr int kFixedBytes = kBarrierBytes + kStateTiles * Work::kStateBytes + kWarpgroups90 * Work::Shared::kBytes;
-  static constexpr int kMaxStages = 4;
-  static constexpr int kStages = (kSmemLimit - kFixedBytes) / kStageBytes < kMaxStages
-                                     ? (kSmemLimit - kFixedBytes) / kStageBytes
-                                     : kMaxStages;
+  static constexpr int kStageBytes = kZ + (Work::kHasSources ? kTiles * kZBytes : 0);
+  static constexpr int kRowWarps = Work::kHasOutput ? kRowGroups * 4 : 0, kStateWarps = kTiles * 4;
+  static constexpr int kConsumerWarps = kRowWarps + (Work::kHasSources ? kStateWarps : 0);
+  static constexpr int kRowTokenBytes = Work::kRowArrays * Work::kTokenArrayBytes;
+  static constexpr int kStateTokenBytes = (Work::kTokenArrays - Work::kFirstStateArray) * Work::kTokenArrayBytes;
+  static constexpr int kBarrierBytes = 1024, kMaxStages = 4, kSmemLimit = 227 * 1024;
+  static constexpr int kBuffers = Work::kHasOutput ? kRowGroups : 0;
+  static constexpr int kFixedBytes = kBarrierBytes + kBuffers * (Work::kOperandBytes + Work::kSumBytes) +
+                                     kRowWarps * kRowTokenBytes + kStateWarps * kStateTokenBytes;
+  static constexpr int kFitting = (kSmemLimit - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static constexpr int kBytes = kFixedBytes + kStages * kStageBytes;
-  static_assert(kStages >= 2, "a ring has at least two stages");
+  static_assert(kStages >= 3, "two chunks are worked on while a third arrives");
 
   static __device__ __forceinline__ uint32_t full(uint32_t base, int stage) { return base + 8 * stage; }
   static __device__ __forceinline__ uint32_t empty(uint32_t base, int stage) { return base + 8 * (kMaxStages + stage); }
+  static __device__ __forceinline__ uint32_t published(uint32_t base, int buffer) { return base + 8 * (2 * kMaxStages + buffer); }
+  static __device__ __forceinline__ uint32_t read(uint32_t base, int buffer) {
+    return base + 8 * (2 * kMaxStages + kRowGroups + buffer);
+  }
   static __device__ __forceinline__ uint32_t stage(uint32_t base, int stage) {
     return base + kBarrierBytes + stage * kStageBytes;
   }
-  static __device__ __forceinline__ uint32_t states(uint32_t base) { return stage(base, kStages); }
-  static __device__ __forceinline__ uint32_t own(uint32_t base, int warpgroup) {
-    return states(base) + kStateTiles * Work::kStateBytes + warpgroup * Work::Shared::kBytes;
+  static __device__ __forceinline__ uint32_t operand(uint32_t base, int buffer) {
+    return stage(base, kStages) + buffer * Work::kOperandBytes;
+  }
+  static __device__ __forceinline__ uint32_t sums(uint32_t base, int buffer) {
+    return operand(base, kBuffers) + buffer * Work::kSumBytes;
+  }
+  static __device__ __forceinline__ uint32_t row_tokens(uint32_t base, int warp) {
+    return sums(base, kBuffers) + warp * kRowTokenBytes;
+  }
+  static __device__ __forceinline__ uint32_t state_tokens(uint32_t base, int warp) {
+    return row_tokens(base, kRowWarps) + warp * kStateTokenBytes - Work::kFirstStateArray * Work::kTokenArrayBytes;
   }
 };
 
-// The consumers' end of the ring.
-template <class Work>
+// A consumer's end of the ring: every consumer takes and frees every stage, in order.
+template <class Layout>
 struct RingPipe {
-  using Layout = Layout90<Work>;
   const uint32_t base;
   const int z_tile;
-  int taken = 0, freed = 0;  // stages; one more may be taken before the last is freed
+  int stage = 0;
   uint32_t parity = 0;
 
   __device__ __forceinline__ StageTiles acquire() {
-    ptx::mbarrier_wait(Layout::full(base, taken), parity);
-    const uint32_t tiles = Layout::stage(base, taken);
-    if (++taken == Layout::kStages) taken = 0, parity ^= 1;
+    ptx::mbarrier_wait(Layout::full(base, stage), parity);
+    const uint32_t tiles = Layout::stage(base, stage);
     return {tiles, tiles + Layout::kY, tiles + Layout::kZ + z_tile * Layout::kZBytes};
   }
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(Layout::empty(base, freed));
-    if (++freed == Layout::kStages) freed = 0;
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(Layout::empty(base, stage));
+    if (++stage == Layout::kStages) stage = 0, parity ^= 1;
   }
 };
 
 // The producer's end: one thread asks for every tile of the segment, in the order in which the consumers take them.
-template <class Work>
+template <class Work, class Layout>
 __device__ __forceinline__ void produce(const ScanArgs& args, const TileMaps& maps, const Segment& segment, int head,
                                         int column0, uint32_t base) {
-  using Layout = Layout90<Work>;
-  constexpr int kHalves = Work::kRowsPadded / 64, kHalfBytes = kChunk * 128;
+  constexpr int kHalves = Work::kRowsPadded / 64, kHalfBytes = kChunk * 128, kTiles = Layout::kStateWarps / 4;
   const int chunks = static_cast<int>((segment.end - segment.begin + kChunk - 1) / kChunk);
   const int group = args.num_heads / args.num_kv_heads;
   const int members = Work::kReverse && Work::kHasSources ? group : 1;
@@ -90,9 +110,8 @@ __device__ __forceinline__ void produce(const ScanArgs& args, const TileMaps& ma
       ptx::mbarrier_wait(Layout::empty(base, stage), parity);
       const uint32_t full = Layout::full(base, stage), tiles = Layout::stage(base, stage);
       const bool with_x = Work::kHasOutput && member == 0;
-      const int x_bytes = with_x ? Layout::kXBytes : 0;
-      const int source_bytes = Work::kHasSources ? Layout::kXBytes + Layout::kZTiles * Layout::kZBytes : 0;
-      ptx::mbarrier_arrive_expect_tx(full, x_bytes + source_bytes);
+      const int source_bytes = Work::kHasSources ? Layout::kXBytes + kTiles * Layout::kZBytes : 0;
+      ptx::mbarrier_arrive_expect_tx(full, (with_x ? Layout::kXBytes : 0) + source_bytes);
       auto load = [&](uint32_t to, const CUtensorMap& map, int column, int from_head) {
         ptx::tma_load_4d(to, &map, full, column, from_head, token, segment.batch);
       };
@@ -102,7 +121,7 @@ __device__ __forceinline__ void produce(const ScanArgs& args, const TileMaps& ma
         for (int half = 0; half < kHalves; ++half) {
           load(tiles + Layout::kY + half * kHalfBytes, maps.y, 64 * half, source_head);
         }
-        for (int i = 0; i < Layout::kZTiles; ++i) {
+        for (int i = 0; i < kTiles; ++i) {
           load(tiles + Layout::kZ + i * Layout::kZBytes, maps.z, column0 + 64 * i, source_head);
         }
       }
@@ -111,67 +130,208 @@ __device__ __forceinline__ void produce(const ScanArgs& args, const TileMaps& ma
   }
 }
 
+constexpr int kClearedBarrier = 1;  // named barriers: state warpgroup i waits at this + i for rows of a tile to be cleared
+
+// The state warpgroup. `tile`: which of the CTA's, for scans without rows.
+template <class Work, class Layout>
+__device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
+  RingPipe<Layout> pipe{base, tile};
+  const int chunks = work.chunk_count(), members = work.group;
+  float log_decay = 0.f;  // of the whole segment, log2
+  typename Work::TokenInputs next;
+  work.load_state();
+  auto publish = [&](int step) {
+    const int buffer = step % kRowGroups;
+    work.places.operand = Layout::operand(base, buffer);
+    work.places.sums = Layout::sums(base, buffer);
+    ptx::mbarrier_wait(Layout::read(base, buffer), step / kRowGroups % 2 ^ 1);
+    work.publish_state();
+    __syncwarp();
+    if (work.lane == 0) ptx::mbarrier_arrive(Layout::published(base, buffer));
+  };
+  if constexpr (!Work::kHasSources) {  // the same for all chunks
+    for (int buffer = 0; buffer < kRowGroups; ++buffer) publish(buffer);
+    return;
+  }
+  const int items = chunks * members;  // a chunk of each head of the group
+  auto load_item = [&](int item) {
+    if (Work::kTokenInputs && item < items) work.load_tokens(next, work.chunk_at(item / members, chunks), item % members);
+  };
+  load_item(0);
+  for (int item = 0; item < items; ++item) {
+    if (Work::kHasOutput && item % members == 0) publish(item / members);
+    const int valid = work.valid_tokens(work.first_token(work.chunk_at(item / members, chunks)));
+    const float chunk_decay = work.with_token_arrays(valid) ? work.template publish_tokens<false, true>(next, valid) : 0.f;
+    load_item(item + 1);
+    const StageTiles stage = pipe.acquire();
+    if (valid < kChunk) {
+      work.template clear_rows<typename Work::XTile, Work::kRowsPadded>(stage.y, valid);
+      work.template clear_rows<typename Work::ZTile, Work::kColumns>(stage.z, valid);
+      ptx::named_barrier_sync(kClearedBarrier + tile, Work::kHasOutput ? 2 * kWarpgroupThreads : kWarpgroupThreads);
+    }
+    if (Work::kDecays && item % members == 0) {
+      work.decay_state(exp2f(chunk_decay));
+      log_decay += chunk_decay;
+    }
+    typename Work::FragmentA y[Work::kYFragments][Work::kStateTiles];
+#pragma unroll
+    for (int k = 0; k < Work::kYFragments; ++k) work.load_update(y[k], stage.y, k, Work::kDecays || Work::kReverse);
+    work.start_update(y, stage);
+    Work::EngineType::template wait<0>();
+    work.keep_update(y);
+    pipe.release();
+  }
+  work.store_state(log_decay);
+}
+
+// A warpgroup of rows: the chunks of steps own, own + kRowGroups, ...
+template <class Work, class Layout>
+__device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own) {
+  using Engine = typename Work::EngineType;
+  RingPipe<Layout> pipe{base, 0};
+  const int chunks = work.chunk_count(), members = Work::kHasSources ? work.group : 1;
+  typename Work::TokenInputs next;
+  work.places.operand = Layout::operand(base, own);
+  work.places.sums = Layout::sums(base, own);
+  if (Work::kTokenInputs && own < chunks) work.load_tokens(next, work.chunk_at(own, chunks), 0);
+  for (int step = 0; step < chunks; ++step) {
+    if (step % kRowGroups != own) {
+      for (int member = 0; member < members; ++member) {
+        pipe.acquire();
+        pipe.release();
+      }
+      continue;
+    }
+    const int chunk = work.chunk_at(step, chunks);
+    const int64_t first = work.first_token(chunk);
+    const int valid = work.valid_tokens(first);
+    typename Work::FragmentA x[Work::kSteps];
+    typename Work::RowSums rows;
+    for (int member = 0; member < members; ++member) {
+      if (work.with_token_arrays(valid)) work.template publish_tokens<true, false>(next, valid);
+      if (member == 0) work.start_rows(rows, next);
+      if (Work::kTokenInputs && member + 1 < members) work.load_tokens(next, chunk, member + 1);
+      else if (Work::kTokenInputs && step + kRowGroups < chunks) work.load_tokens(next, work.chunk_at(step + kRowGroups, chunks), 0);
+      const StageTiles stage = pipe.acquire();
+      if (Work::kHasSources && valid < kChunk) ptx::named_barrier_sync(kClearedBarrier, 2 * kWarpgroupThreads);
+      if (member == 0) work.load_rows(x, stage.x);
+      // Products run beside the ordinary code that follows them: weights are formed under the read of the state.
+      float p[kChunk / 2];
+      if constexpr (Work::kHasSources) {
+        Engine::fence();
+        const typename Engine::Operand y = Engine::operand(stage.y);
+#pragma unroll
+        for (int k = 0; k < Work::kSteps; ++k) {
+          Engine::template gemm_nk<kChunk, typename Work::XTile>(p, x[k], y, 16 * k, k != 0);
+        }
+        Engine::commit();
+      }
+      if (member == 0) {
+        if (Work::kHasSources || step == own) ptx::mbarrier_wait(Layout::published(base, own), step / kRowGroups % 2);
+        work.read_state(rows.o, x, stage.x);
+        Engine::commit();
+        if (work.with_extra()) work.read_row_sums(rows.extra, x, stage.x);
+      }
+      typename Work::FragmentA weights[kChunk / 16];
+      if constexpr (Work::kHasSources) {
+        if (member == 0) Engine::template wait<1>();
+        else Engine::template wait<0>();
+        Engine::keep(p);
+#pragma unroll
+        for (int k = 0; k < kChunk / 16; ++k) weights[k] = work.weigh(p, k, 16 * k, rows, valid);
+      }
+      if (member == 0) {
+        Engine::template wait<0>();
+        Engine::keep_fragments(x);
+        Engine::keep(rows.o);
+        work.finish_read(rows);
+        if (Work::kHasSources) {
+          __syncwarp();
+          if (work.lane == 0) ptx::mbarrier_arrive(Layout::read(base, own));
+        }
+      }
+      if constexpr (Work::kHasSources) {
+        if (Work::kReverse && work.with_extra()) {
+#pragma unroll
+          for (int k = 0; k < kChunk / 16; ++k) Engine::mma(rows.extra, weights[k], work.extra_column(k));
+        }
+        Engine::fence();
+        const typename Engine::Operand z = Engine::operand(stage.z);
+#pragma unroll
+        for (int k = 0; k < kChunk / 16; ++k) {
+          Engine::template gemm_kn<Work::kColumns, typename Work::ZTile>(rows.o, weights[k], z, 16 * k, true);
+        }
+        Engine::commit();
+        Engine::template wait<0>();
+        Engine::keep(rows.o);
+        Engine::keep_fragments(weights);
+      }
+      if (member + 1 == members) {
+        // A warp's rows of x are in its registers by now: their place takes the output on its way.
+        work.places.out = stage.x + work.warp * Work::OutTile::kBytes;
+        work.write_output(rows, first, valid);
+        work.publish_to_engine();
+      }
+      pipe.release();
+    }
+  }
+  if (own == 0) work.clear_tail();
+}
+
 // A CTA's whole work: `block` counts tiles, then heads, then slots.
-template <class Work, ScanKind kKind, bool kCausal>
+template <class Work, ScanKind kKind, bool kCausal, int kTiles>
 __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& maps, int block, int tiles, int heads) {
-  using Layout = Layout90<Work>;
+  using Layout = Layout90<Work, kTiles>;
+  constexpr int kRowWarpgroups = row_groups_of(kKind), kConsumers = kRowWarpgroups + kTiles;
   const int tile = block % tiles, head = block / tiles % heads, slot = block / (tiles * heads);
   const Segment segment = find_segment(args, slot);
   if (!is_wanted<kKind, kCausal>(segment)) return;
   const uint32_t base = ptx::smem_address(ptx::dynamic_smem());
-  const int column0 = tile * kWarpgroups90 * Work::kColumns;
+  const int column0 = tile * kTiles * kTileColumns;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Layout::kStages; ++i) {
       ptx::mbarrier_init(Layout::full(base, i), 1);
-      ptx::mbarrier_init(Layout::empty(base, i), kWarpgroups90 * kWarpgroupThreads / 32);
+      ptx::mbarrier_init(Layout::empty(base, i), Layout::kConsumerWarps);
+    }
+    for (int i = 0; i < Layout::kBuffers; ++i) {
+      ptx::mbarrier_init(Layout::published(base, i), 4);
+      ptx::mbarrier_init(Layout::read(base, i), 4);
     }
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
-  const int warpgroup = threadIdx.x / kWarpgroupThreads;
-  if (warpgroup == kWarpgroups90) {
-    ptx::register_dealloc<24>();
-    if (threadIdx.x % kWarpgroupThreads == 0) produce<Work>(args, maps, segment, head, column0, base);
+  const int warpgroup = threadIdx.x / kWarpgroupThreads, warp = threadIdx.x / 32 % 4;
+  // An SM has 512 registers for the threads of the CTA with the same place in their warpgroups.
+  constexpr int kProducerRegisters = 24, kRowRegisters = 152, kStateRegisters = kRowWarpgroups > 0 ? 184 : 240;
+  static_assert(kProducerRegisters + kRowWarpgroups * kRowRegisters + kTiles * kStateRegisters <= 512, "too many registers");
+  if (warpgroup == kConsumers) {
+    if (kConsumers > 1) ptx::register_dealloc<kProducerRegisters>();
+    if (threadIdx.x % kWarpgroupThreads == 0) produce<Work, Layout>(args, maps, segment, head, column0, base);
+  } else if (warpgroup < kRowWarpgroups) {
+    if constexpr (Work::kHasOutput) {
+      ptx::register_alloc<kRowRegisters>();
+      Work work(args, segment, head, column0, {0, 0, Layout::row_tokens(base, warpgroup * 4 + warp), 0});
+      run_rows<Work, Layout>(work, base, warpgroup);
+    }
   } else {
-    ptx::register_alloc<240>();
-    const int z_tile = warpgroup * Work::kColumns / kTileColumns;
-    Work work(args, segment, head, column0 + warpgroup * Work::kColumns, /*barrier=*/1 + warpgroup,
-              Layout::own(base, warpgroup),
-              Layout::states(base) + (Work::kOwnsStateTile ? warpgroup : z_tile) * Work::kStateBytes);
-    RingPipe<Work> pipe{base, z_tile};
-    work.run(pipe);
+    if (kConsumers > 1) ptx::register_alloc<kStateRegisters>();  // two warpgroups have enough from the start
+    const int state_tile = warpgroup - kRowWarpgroups;
+    Work work(args, segment, head, column0 + state_tile * kTileColumns,
+              {0, 0, Layout::state_tokens(base, state_tile * 4 + warp), 0});
+    run_state<Work, Layout>(work, base, state_tile);
   }
 }
 
-template <ScanKind kKind, bool kCausal, bool kDecay, int kRows, int kCols>
-using Work90 = ScanWarpgroup<Bf16Wgmma, kKind, kCausal, kDecay, kRows, kCols>;
+template <ScanKind kKind, bool kCausal, bool kDecay, int kRows>
+using Work90 = ScanWarpgroup<Bf16Wgmma, kKind, kCausal, kDecay, kRows, kTileColumns>;
 
 #endif  // HF_LINATTN_HAS_SM90
 
-constexpr int kThreads90 = (kWarpgroups90 + 1) * kWarpgroupThreads;
-
-template <ScanKind kKind, bool kCausal, bool kDecay, int kRows, int kCols>
-__global__ void __launch_bounds__(kThreads90, 1)
+template <ScanKind kKind, bool kCausal, bool kDecay, int kRows, int kTiles>
+__global__ void __launch_bounds__(threads_sm90(kKind, kTiles), 1)
     scan_sm90_kernel(const __grid_constant__ ScanArgs args, const __grid_constant__ TileMaps maps, int tiles, int heads) {
 #if HF_LINATTN_HAS_SM90
-  scan_sm90<Work90<kKind, kCausal, kDecay, kRows, kCols>, kKind, kCausal>(args, maps, blockIdx.x, tiles, heads);
-#endif
-}
-
-// dk and dv side by side: both read q and do, one of the two from the second-level cache.
-template <bool kCausal, bool kDecay, int kRows, int kCols>
-__global__ void __launch_bounds__(kThreads90, 1)
-    source_gradients_sm90_kernel(const __grid_constant__ ScanArgs key_args, const __grid_constant__ TileMaps key_maps,
-                                 const __grid_constant__ ScanArgs value_args, const __grid_constant__ TileMaps value_maps,
-                                 int tiles, int heads) {
-#if HF_LINATTN_HAS_SM90
-  if (blockIdx.x % 2 == 0) {
-    scan_sm90<Work90<ScanKind::kKeyGrad, kCausal, kDecay, kRows, kCols>, ScanKind::kKeyGrad, kCausal>(
-        key_args, key_maps, blockIdx.x / 2, tiles, heads);
-  } else {
-    scan_sm90<Work90<ScanKind::kValueGrad, kCausal, kDecay, kRows, kCols>, ScanKind::kValueGrad, kCausal>(
-        value_args, value_maps, blockIdx.x / 2, tiles, heads);
-  }
+  scan_sm90<Work90<kKind, kCausal, kDecay, kRows>, kKind, kCausal, kTiles>(args, maps, blockIdx.x, tiles, heads);
 #endif
 }
 
@@ -200,32 +360,17 @@ inline int make_tile_maps(ScanKind kind, bool is_causal, const ScanArgs& args, T
   return 0;
 }
 
-template <ScanKind kKind, bool kCausal, bool kDecay, int kRows, int kCols>
+template <ScanKind kKind, bool kCausal, bool kDecay, int kRows, int kTiles>
 int launch_scan_sm90(const ScanArgs& args, cudaStream_t stream) {
-  using Work = Work90<kKind, kCausal, kDecay, kRows, kCols>;
-  const int columns = kWarpgroups90 * kCols, tiles = (args.z.dim + columns - 1) / columns;
+  using Layout = Layout90<Work90<kKind, kCausal, kDecay, kRows>, kTiles>;
+  const int columns = kTiles * kTileColumns, tiles = (args.z.dim + columns - 1) / columns;
   const int heads = is_reverse(kKind) || forms_state_only(kKind) ? args.num_kv_heads : args.num_heads;
   const int64_t blocks = static_cast<int64_t>(tiles) * heads * args.num_slots;
   if (blocks > 0x7fffffff) return set_error("%lld blocks are more than a grid holds", static_cast<long long>(blocks));
   TileMaps maps = {};
   if (int error = make_tile_maps(kKind, kCausal, args, maps)) return error;
-  return launch(scan_sm90_kernel<kKind, kCausal, kDecay, kRows, kCols>, dim3(static_cast<unsigned>(blocks)), kThreads90,
-                Layout90<Work>::kBytes, stream, args, maps, tiles, heads);
-}
-
-template <bool kCausal, bool kDecay, int kRows, int kCols>
-int launch_source_gradients_sm90(const ScanArgs& key, const ScanArgs& value, cudaStream_t stream) {
-  constexpr int kKeyBytes = Layout90<Work90<ScanKind::kKeyGrad, kCausal, kDecay, kRows, kCols>>::kBytes;
-  constexpr int kValueBytes = Layout90<Work90<ScanKind::kValueGrad, kCausal, kDecay, kRows, kCols>>::kBytes;
-  const int columns = kWarpgroups90 * kCols, tiles = (key.z.dim + columns - 1) / columns;
-  const int64_t blocks = static_cast<int64_t>(tiles) * key.num_kv_heads * key.num_slots * 2;
-  if (blocks > 0x7fffffff) return set_error("%lld blocks are more than a grid holds", static_cast<long long>(blocks));
-  TileMaps key_maps = {}, value_maps = {};
-  if (int error = make_tile_maps(ScanKind::kKeyGrad, kCausal, key, key_maps)) return error;
-  if (int error = make_tile_maps(ScanKind::kValueGrad, kCausal, value, value_maps)) return error;
-  return launch(source_gradients_sm90_kernel<kCausal, kDecay, kRows, kCols>, dim3(static_cast<unsigned>(blocks)),
-                kThreads90, kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes, stream, key, key_maps, value, value_maps,
-                tiles, key.num_kv_heads);
+  return launch(scan_sm90_kernel<kKind, kCausal, kDecay, kRows, kTiles>, dim3(static_cast<unsigned>(blocks)),
+                threads_sm90(kKind, kTiles), Layout::kBytes, stream, args, maps, tiles, heads);
 }
 
 }  // namespace hf_linattn

@@ -1,8 +1,11 @@
-// What four warps do with the chunks of one segment: the arithmetic of a scan (scan.h), for any engine and any pipe.
+// What four warps do with the chunks of one segment: the arithmetic of a scan (scan.h), for any engine.
 //
 // A warpgroup owns kCols columns of z, of the output and of the state [kRows, kCols], which stays in registers as
 // accumulators. Of every chunk of 64 tokens warp w owns output rows 16w .. 16w+15; of every 64 rows of the state it owns
 // the same sixteen. The state is rounded to an operand in shared memory once a chunk; its accumulators never are.
+//
+// ScanWarpgroup has the steps. scan_sm80.cuh puts them in one order for one warpgroup; scan_sm90.cuh gives those of the
+// rows and those of the state to different warpgroups.
 #ifndef HF_LINATTN_SCAN_WARPGROUP_CUH_
 #define HF_LINATTN_SCAN_WARPGROUP_CUH_
 
@@ -87,17 +90,16 @@ __device__ __forceinline__ float* entry(float* member, int64_t n, int64_t size) 
 
 template <class Engine, ScanKind kKind, bool kCausal, bool kDecay, int kRows, int kCols>
 struct ScanWarpgroup {
+  using EngineType = Engine;
   using Element = typename Engine::Element;
   using FragmentA = typename Engine::FragmentA;
   using FragmentB = typename Engine::FragmentB;
   using XTile = typename Engine::template Tile<kChunk, kRows>;
-  // Tiles of an asynchronous engine are 64 columns wide; warpgroups with fewer share them.
-  static constexpr int kSharedCols = Engine::kIsAsync ? kTileColumns : kCols;
-  using ZTile = typename Engine::template Tile<kChunk, kSharedCols>;
-  using StateTile = typename Engine::template Tile<kRows, kSharedCols>;
-  using OnesTile = typename Engine::template Tile<8, kChunk>;
+  using ZTile = typename Engine::template Tile<kChunk, kCols>;
+  using StateTile = typename Engine::template Tile<kRows, kCols>;
   using OutTile = typename Engine::template Tile<16, kCols>;
 
+  static constexpr bool kDecays = kDecay;
   static constexpr bool kStateOnly = forms_state_only(kKind);
   static constexpr bool kReverse = is_reverse(kKind);
   static constexpr bool kTransposed = is_transposed(kKind);
@@ -110,34 +112,24 @@ struct ScanWarpgroup {
   static constexpr bool kCancels = kKind == ScanKind::kQueryGrad || (kKind == ScanKind::kValueGrad && kDecay);
   static constexpr int kStateParts = kCancels && Engine::kIsRounding ? 2 : 1;
   static constexpr int kRowsPadded = kRows, kColumns = kCols;
-  // An asynchronous engine reads the row sums as one more column of the state's operand, which then cannot be shared, and
-  // forms them with a tile of ones as operand. The others, and the gradients, use small products.
-  static constexpr bool kExtraInState = Engine::kIsAsync && kExtra && kHasOutput && kCols < kSharedCols;
-  static constexpr bool kOnesTile = Engine::kIsAsync && kExtra && !kReverse;
-  static constexpr bool kOwnsStateTile = kExtraInState || kSharedCols == kCols;
-  // The update is under way before the weights are formed, where registers allow.
-  static constexpr bool kEarlyUpdate = Engine::kIsAsync && kHasOutput && kCausal && kCols < kSharedCols &&
-                                       !kDecay && (!kReverse || kRows == 64);
-  // Fragments of an update in registers at a time: all, or half where 64 columns of state leave no room for more.
-  static constexpr int kUpdateParts = Engine::kIsAsync && kReverse && kHasOutput && kRows * kCols > 64 * 64 ? 2 : 1;
-  static constexpr int kUpdateFragments = Engine::kIsAsync ? kChunk / 16 / kUpdateParts : 1;
-  static constexpr int kReadCols = kExtraInState ? kCols + 8 : kCols;
   static constexpr int kStateTiles = kRows / 64;
   static constexpr int kSteps = kRows / 16;
-  // Fragments of an asynchronous engine stay in registers, which only unrolled loops can name; else small loops save them.
-  static constexpr int kUnrollSteps = Engine::kIsAsync ? kSteps : 1, kUnrollChunk = Engine::kIsAsync ? kChunk / 16 : 1;
+  // An asynchronous engine has all fragments of a chunk in registers, where no copy can change them, and only unrolled
+  // loops can name them; the others save the registers.
+  static constexpr int kXFragments = Engine::kIsAsync ? kSteps : 1, kYFragments = Engine::kIsAsync ? kChunk / 16 : 1;
+  static constexpr int kUnrollSteps = kXFragments;
   static constexpr int kOwnColumns = kCols / 4;  // of the column sums, by warp
 
-  // Per-token numbers of the chunk in work; every warp keeps its own copy, so that no barrier is needed.
-  enum TokenArray { kLogDecay, kScoreFactor, kScoreOffset, kStateFactor, kStateOffset, kExtraValue, kTokenArrays };
-  static constexpr int kStateBytes = kHasOutput ? kStateParts * StateTile::kBytes : 0;  // for kSharedCols columns
-  struct Shared {
-    static constexpr int kOnes = 0;
-    static constexpr int kRowSums = kOnes + (kOnesTile ? OnesTile::kBytes : 0);
-    static constexpr int kColumnSums = kRowSums + kRows * 4;
-    static constexpr int kTokens = kColumnSums + kCols * 4;
-    static constexpr int kOut = kTokens + 4 * kTokenArrays * kChunk * 4;
-    static constexpr int kBytes = (kOut + (kHasOutput ? 4 * OutTile::kBytes : 0) + 1023) / 1024 * 1024;
+  // Per-token numbers of the chunk in work; every warp keeps its own copy, so that no barrier is needed. Rows need the
+  // first four, the state the last three.
+  enum TokenArray { kLogDecay, kScoreFactor, kScoreOffset, kExtraValue, kStateFactor, kStateOffset, kTokenArrays };
+  static constexpr int kTokenArrayBytes = kChunk * 4, kRowArrays = 4, kFirstStateArray = kExtraValue;
+  static constexpr int kOperandBytes = kHasOutput ? kStateParts * StateTile::kBytes : 0;
+  // Beside the operand: row sums, column sums, the extra column's own sum.
+  static constexpr int kRowSums = 0, kColumnSums = kRows * 4, kCount = kColumnSums + kCols * 4, kSumBytes = kCount + 16;
+  struct SharedPlaces {
+    uint32_t operand, sums;  // of the state
+    uint32_t tokens, out;    // of this warp: token arrays, and OutTile
   };
 
   static constexpr bool kTokenInputs = kDecay || kReverse || kRowConstant;
@@ -145,12 +137,18 @@ struct ScanWarpgroup {
     float g[2], den[2], along[2], row_den[2], row_along[2];
   };
 
+  // What is known of this thread's two rows (16 warp + g and 8 further) of the chunk in work.
+  struct RowSums {
+    float o[kCols / 2];      // the output, before it is divided
+    float extra[4];          // the extra column of the output, spread over two columns of a product
+    float weights[2];        // sums of weights, this thread's part
+    float factor[2], den[2], along[2];  // decay since the chunk began; the denominator and do . o of the row
+  };
+
   const ScanArgs& args;
   const Segment segment;
   const int head, kv_head, group, column0;  // head: of x and out
-  const int barrier;                        // named barrier of this warpgroup
-  uint32_t shared;                          // Shared
-  const uint32_t state_tiles;               // kStateBytes
+  SharedPlaces places;
   const int lane, warp, g, t;
 
   float state[kStateTiles][kCols / 2];
@@ -159,16 +157,14 @@ struct ScanWarpgroup {
   float count;                              // the extra column's own sum
 
   __device__ __forceinline__ ScanWarpgroup(const ScanArgs& args, const Segment& segment, int head, int column0,
-                                           int barrier, uint32_t shared, uint32_t state_tiles)
+                                           const SharedPlaces& places)
       : args(args),
         segment(segment),
         head(head),
         kv_head(kStateOnly || kReverse ? head : head / (args.num_heads / args.num_kv_heads)),
         group(kReverse ? args.num_heads / args.num_kv_heads : 1),
         column0(column0),
-        barrier(barrier),
-        shared(shared),
-        state_tiles(state_tiles),
+        places(places),
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32 % 4),
         g(threadIdx.x % 32 / 4),
@@ -182,166 +178,22 @@ struct ScanWarpgroup {
     return kExtra && args.normalize && is_wanted;
   }
   __device__ __forceinline__ float* token_array(int which) const {
-    return &shared_at<float>(shared + Shared::kTokens + (warp * kTokenArrays + which) * kChunk * 4);
+    return &shared_at<float>(places.tokens + which * kTokenArrayBytes);
   }
   __device__ __forceinline__ int source_head(int member) const { return kReverse ? kv_head * group + member : kv_head; }
+  __device__ __forceinline__ int chunk_count() const {
+    return static_cast<int>((segment.end - segment.begin + kChunk - 1) / kChunk);
+  }
+  // The chunk of a step, its first token and how many it has.
+  __device__ __forceinline__ int chunk_at(int step, int chunks) const { return kReverse ? chunks - 1 - step : step; }
+  __device__ __forceinline__ int64_t first_token(int chunk) const {
+    return segment.begin + static_cast<int64_t>(chunk) * kChunk;
+  }
+  __device__ __forceinline__ int valid_tokens(int64_t first) const {
+    return segment.end - first < kChunk ? static_cast<int>(segment.end - first) : kChunk;
+  }
   // The state of the forward holds bare k v^T: b comes with every read of it. That of the backward holds b already.
   __device__ __forceinline__ float read_factor() const { return kReverse ? 1.f : args.b; }
-
-  template <class Pipe>
-  __device__ __forceinline__ void run(Pipe& pipe) {
-    const int64_t length = segment.end - segment.begin;
-    const int chunks = static_cast<int>((length + kChunk - 1) / kChunk);
-    load_state();
-    if constexpr (kOnesTile) write_ones();
-    if constexpr (kExtraInState) clear_extra_columns();
-    float log_decay = 0.f;  // of the whole segment, log2
-    TokenInputs next;
-    if (kTokenInputs && chunks > 0) load_tokens(next, kReverse ? chunks - 1 : 0, 0);
-    if constexpr (kHasOutput) {
-      if (chunks > 0) publish_state();
-    }
-    const int members = kHasSources ? group : 1;
-    for (int step = 0; step < chunks; ++step) {
-      const int chunk = kReverse ? chunks - 1 - step : step;
-      shared = hidden(shared);
-      const int64_t first = segment.begin + static_cast<int64_t>(chunk) * kChunk;
-      const int valid = segment.end - first < kChunk ? static_cast<int>(segment.end - first) : kChunk;
-      FragmentA x[kHasOutput && Engine::kIsAsync ? kSteps : 1];
-      float o[kCols / 2], extra[4], weight_sums[2], along[2], row_factor[2], row_den[2];
-      for (int member = 0; member < members; ++member) {
-        const bool is_last_member = member == members - 1;
-        const float chunk_decay = with_token_arrays(valid) ? publish_tokens(next, valid) : 0.f;
-        if (member == 0) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            row_den[i] = next.row_den[i], along[i] = next.row_along[i];
-            row_factor[i] = kDecay ? exp2f(token_array(kLogDecay)[16 * warp + g + 8 * i]) : 1.f;
-            weight_sums[i] = extra[2 * i] = extra[2 * i + 1] = 0.f;
-          }
-        }
-        const float first_count = count;
-        if (kTokenInputs && !is_last_member) load_tokens(next, chunk, member + 1);
-        else if (kTokenInputs && step + 1 < chunks) load_tokens(next, kReverse ? chunk - 1 : chunk + 1, 0);
-        const auto stage = pipe.acquire();
-        if (kHasSources && !Engine::kZeroFilled && valid < kChunk) clear_rows(stage.z, valid);
-        const typename Engine::Operand z_operand = Engine::operand(stage.z, tile_column());
-        FragmentA weights[kHasOutput && kCausal && Engine::kIsAsync ? kChunk / 16 : 1];
-        FragmentA y[kUpdateFragments][kStateTiles];
-        auto update = [&] {
-          if constexpr (kHasSources) {
-            if (kDecay && member == 0) {
-              decay_state(exp2f(chunk_decay));
-              log_decay += chunk_decay;
-            }
-            update_state(y, stage.y, stage.z, z_operand, valid);
-          }
-          Engine::commit();
-        };
-
-        // Products of an asynchronous engine run beside the ordinary code that follows them: the fragments of the update
-        // are loaded under the scores, the weights formed under the read of the state and the update, the next operand
-        // of the state under the values.
-        if constexpr (kHasOutput && Engine::kIsAsync) {
-          float p[kCausal ? kChunk / 2 : 1], read[kExtraInState ? kReadCols / 2 : 1];
-          if (member == 0) {
-#pragma unroll
-            for (int k = 0; k < kSteps; ++k) Engine::template load_a<XTile>(x[k], stage.x, 16 * warp, 16 * k);
-          }
-          if (!kExtraInState && member == 0 && with_extra()) read_row_sums(extra, x, stage.x);
-          Engine::fence();
-          if constexpr (kCausal) {
-            const typename Engine::Operand y_operand = Engine::operand(stage.y, 0);
-#pragma unroll
-            for (int k = 0; k < kSteps; ++k) {
-              Engine::template gemm_nk<kChunk, XTile>(p, x[k], y_operand, 16 * k, k != 0);
-            }
-          }
-          Engine::commit();
-          if (member == 0) {
-            if constexpr (kExtraInState) read_state(read, x, stage.x);
-            else read_state(o, x, stage.x);
-          }
-          Engine::commit();
-          if constexpr (kEarlyUpdate) update();
-          if constexpr (kCausal) {
-            Engine::template wait<kEarlyUpdate ? 2 : 1>();
-            Engine::keep(p);
-#pragma unroll
-            for (int k = 0; k < kChunk / 16; ++k) weights[k] = weigh(p, k, 16 * k, weight_sums, along, valid);
-          }
-          Engine::template wait<kEarlyUpdate ? 1 : 0>();
-          Engine::keep_fragments(x);
-          if constexpr (kExtraInState) Engine::keep(read);
-          else Engine::keep(o);
-          if (member == 0) finish_read(o, extra, read, first_count, along, row_factor);
-          if constexpr (kCausal && kReverse && kExtra) {
-#pragma unroll
-            for (int k = 0; k < kChunk / 16; ++k) {
-              if (with_extra()) Engine::mma(extra, weights[k], extra_column(k));
-            }
-          }
-          if constexpr (kCausal) {
-            Engine::fence();
-#pragma unroll
-            for (int k = 0; k < kChunk / 16; ++k) {
-              Engine::template gemm_kn<kCols, ZTile>(o, weights[k], z_operand, 16 * k, true);
-            }
-          }
-          Engine::commit();
-        } else if constexpr (kHasOutput) {
-          if (member == 0) {
-            const float nothing[1] = {};
-            if (with_extra()) read_row_sums(extra, x, stage.x);
-            read_state(o, x, stage.x);
-            finish_read(o, extra, nothing, first_count, along, row_factor);
-          }
-          if constexpr (kCausal) add_sources(o, extra, weight_sums, x, stage, along, valid);
-          if (is_last_member) write_output(o, extra, weight_sums, row_den, first, valid);
-        }
-        if constexpr (!kEarlyUpdate) {
-          update();
-          if constexpr (kHasOutput && Engine::kIsAsync) {
-            Engine::template wait<1>();
-            Engine::keep(o);
-            if constexpr (kCausal) Engine::keep_fragments(weights);
-            if (is_last_member) write_output(o, extra, weight_sums, row_den, first, valid);
-          }
-          Engine::template wait<0>();
-          keep_update(y);
-          pipe.release();
-          if constexpr (kHasOutput && kCausal) {
-            if (is_last_member && step + 1 < chunks) publish_state();
-          }
-        } else {
-          Engine::template wait<1>();
-          keep_update(y);
-          if (is_last_member && step + 1 < chunks) publish_state();
-          Engine::template wait<0>();
-          Engine::keep(o);
-          Engine::keep_fragments(weights);
-          pipe.release();
-          if (is_last_member) write_output(o, extra, weight_sums, row_den, first, valid);
-        }
-      }
-    }
-    if constexpr (kHasSources) store_state(log_decay);
-    if constexpr (kHasOutput) clear_tail();
-  }
-
- private:
-  // Registers of an update in flight stay as they are until here.
-  __device__ __forceinline__ void keep_update(FragmentA (&y)[kUpdateFragments][kStateTiles]) {
-    if constexpr (Engine::kIsAsync && kHasSources) {
-#pragma unroll
-      for (int m = 0; m < kStateTiles; ++m) {
-        Engine::keep(state[m]);
-        if constexpr (kOnesTile) Engine::keep(row_sums[m]);
-      }
-#pragma unroll
-      for (int k = 0; k < kUpdateFragments; ++k) Engine::keep_fragments(y[k]);
-    }
-  }
 
   // First state -> registers.
   __device__ __forceinline__ void load_state() {
@@ -433,35 +285,29 @@ struct ScanWarpgroup {
     if (kStateOnly && kCausal && is_first_thread) args.carried_log_decay[index] = log_decay / kLog2E;
   }
 
-  // Registers -> operands in shared memory, for all four warps.
+  // Registers -> operand and sums in shared memory.
   __device__ __forceinline__ void publish_state() {
-    ptx::named_barrier_sync(barrier, kWarpgroupThreads);  // the last read of the old operand is over
 #pragma unroll
     for (int part = 0; part < kStateParts; ++part) {
 #pragma unroll
       for (int m = 0; m < kStateTiles; ++m) {
-        const uint32_t tile = state_tiles + part * StateTile::kBytes;
-        Engine::template store<kCols, StateTile>(tile, 64 * m + 16 * warp, state_column0(), state[m], part);
+        Engine::template store<kCols, StateTile>(places.operand + part * StateTile::kBytes, 64 * m + 16 * warp, 0,
+                                                 state[m], part);
       }
     }
-    if (with_extra() && t == 0) {
-      float* sums = &shared_at<float>(shared + Shared::kRowSums);
+    if (with_extra()) {
+      float* sums = &shared_at<float>(places.sums + kRowSums);
 #pragma unroll
       for (int m = 0; m < kStateTiles; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-          const int row = state_row(m, i);
-          const float sum = row_sums[m][i] + row_sums[m][i + 1], high = Engine::round(sum);
-          if constexpr (kExtraInState) {
-            shared_at<uint32_t>(state_tiles + StateTile::offset(row, kCols)) = pack_bf16(high, sum - high);
-          } else {
-            sums[row] = sum;
-          }
+          if (t == 0) sums[state_row(m, i)] = row_sums[m][i] + row_sums[m][i + 1];
         }
       }
+      if (warp == 0 && lane == 0) shared_at<float>(places.sums + kCount) = count;
     }
     if (with_column_sums()) {
-      float* sums = &shared_at<float>(shared + Shared::kColumnSums);
+      float* sums = &shared_at<float>(places.sums + kColumnSums);
 #pragma unroll
       for (int n = 0; n < kCols / 32; ++n) {
 #pragma unroll
@@ -472,12 +318,12 @@ struct ScanWarpgroup {
       }
     }
     publish_to_engine();
-    ptx::named_barrier_sync(barrier, kWarpgroupThreads);
   }
 
+  // What this thread wrote to shared memory, an asynchronous engine may read.
   __device__ __forceinline__ void publish_to_engine() {
 #if HF_LINATTN_HAS_SM90
-    if (!Engine::kZeroFilled) ptx::fence_proxy_async();
+    if (Engine::kIsAsync) ptx::fence_proxy_async();
 #endif
   }
 
@@ -512,7 +358,8 @@ struct ScanWarpgroup {
     return kDecay || kReverse || with_column_sums() || valid < kChunk;
   }
 
-  // Token numbers -> this warp's arrays. Returns the log2 decay over the chunk.
+  // Token numbers -> this warp's arrays, those of rows, of the state or both. Returns the log2 decay over the chunk.
+  template <bool kOfRows, bool kOfState>
   __device__ __forceinline__ float publish_tokens(const TokenInputs& in, int valid) {
     float log_decay[2] = {0.f, 0.f}, total = 0.f;
     __syncwarp();  // the arrays of the chunk before are read
@@ -544,17 +391,19 @@ struct ScanWarpgroup {
         extra = -in.along[i];
       }
       if (!is_valid) factor = offset = 0.f;
-      if (kDecay) token_array(kLogDecay)[token] = up_to;
-      if (kReverse) {
+      if (kReverse && kExtra) token_array(kExtraValue)[token] = extra;
+      if (kOfRows && kDecay) token_array(kLogDecay)[token] = up_to;
+      if (kOfRows && kReverse) {
         token_array(kScoreFactor)[token] = factor;
         token_array(kScoreOffset)[token] = offset;
-        if (kExtra) token_array(kExtraValue)[token] = extra;
       }
-      token_array(kStateFactor)[token] = factor * from_here;
-      token_array(kStateOffset)[token] = offset * from_here;
+      if (kOfState) {
+        token_array(kStateFactor)[token] = factor * from_here;
+        token_array(kStateOffset)[token] = offset * from_here;
+      }
       added += offset * from_here * extra;
     }
-    if (kExtra && with_column_sums()) {
+    if (kOfState && kExtra && with_column_sums()) {
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2) added += __shfl_xor_sync(0xffffffffu, added, distance);
       added_count = added;
@@ -563,8 +412,17 @@ struct ScanWarpgroup {
     return total;
   }
 
-  // Columns 16k .. 16k+15 of this warp's rows of x. An asynchronous engine has them all in registers, where no copy can
-  // change them; the others save the registers.
+  // After publish_tokens: nothing is added up yet.
+  __device__ __forceinline__ void start_rows(RowSums& rows, const TokenInputs& in) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rows.den[i] = in.row_den[i], rows.along[i] = in.row_along[i];
+      rows.factor[i] = kDecay ? exp2f(token_array(kLogDecay)[16 * warp + g + 8 * i]) : 1.f;
+      rows.weights[i] = rows.extra[2 * i] = rows.extra[2 * i + 1] = 0.f;
+    }
+  }
+
+  // Columns 16k .. 16k+15 of this warp's rows of x.
   template <int kSize>
   __device__ __forceinline__ FragmentA& x_fragment(FragmentA (&x)[kSize], int k, uint32_t x_tile) {
     if constexpr (!Engine::kIsAsync) Engine::template load_a<XTile>(x[0], x_tile, 16 * warp, 16 * k);
@@ -591,11 +449,17 @@ struct ScanWarpgroup {
     }
   }
 
+  // All fragments of this warp's rows of x.
+  __device__ __forceinline__ void load_rows(FragmentA (&x)[kSteps], uint32_t x_tile) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) Engine::template load_a<XTile>(x[k], x_tile, 16 * warp, 16 * k);
+  }
+
   // extra = x . row_sums: what earlier chunks contribute to the extra column. The sums enter as two
   // rounded parts, in columns 0 and 1 of the product, so that they lose nothing that matters.
   template <int kSize>
   __device__ __forceinline__ void read_row_sums(float (&extra)[4], FragmentA (&x)[kSize], uint32_t x_tile) {
-    const float* sums = &shared_at<float>(shared + Shared::kRowSums);
+    const float* sums = &shared_at<float>(places.sums + kRowSums);
 #pragma unroll(kUnrollSteps)
     for (int k = 0; k < kSteps; ++k) {
       float part[4];
@@ -608,60 +472,55 @@ struct ScanWarpgroup {
     }
   }
 
-  // x . state (and, kExtraInState, x . row_sums in eight more columns), in flight on return.
+  // x . state, in flight on return.
   template <int kSize>
-  __device__ __forceinline__ void read_state(float (&read)[kReadCols / 2], FragmentA (&x)[kSize], uint32_t x_tile) {
+  __device__ __forceinline__ void read_state(float (&o)[kCols / 2], FragmentA (&x)[kSize], uint32_t x_tile) {
     Engine::fence();
-    Engine::start(read);
+    Engine::start(o);
 #pragma unroll
     for (int part = 0; part < kStateParts; ++part) {
+      const typename Engine::Operand operand = Engine::operand(places.operand + part * StateTile::kBytes);
 #pragma unroll(kUnrollSteps)
       for (int k = 0; k < kSteps; ++k) {
-        const uint32_t tile = state_tiles + part * StateTile::kBytes;
-        Engine::template gemm_kn<kReadCols, StateTile>(read, x_fragment(x, k, x_tile),
-                                                       Engine::operand(tile, state_column0()), 16 * k, part + k != 0);
+        Engine::template gemm_kn<kCols, StateTile>(o, x_fragment(x, k, x_tile), operand, 16 * k, part + k != 0);
       }
     }
   }
 
   // o, extra = decayed (what was read + constant * column sums, count): what earlier chunks contribute.
-  __device__ __forceinline__ void finish_read(float (&o)[kCols / 2], float (&extra)[4],
-                                              const float (&read)[kExtraInState ? kReadCols / 2 : 1], float first_count,
-                                              const float (&along)[2], const float (&row_factor)[2]) {
+  __device__ __forceinline__ void finish_read(RowSums& rows) {
+    float(&o)[kCols / 2] = rows.o;
+    if (!kReverse) {
 #pragma unroll
-    for (int i = 0; i < kCols / 2; ++i) {
-      if constexpr (kExtraInState) o[i] = read[i];
-      if (!kReverse) o[i] *= args.b;
+      for (int i = 0; i < kCols / 2; ++i) o[i] *= args.b;
     }
     if (with_column_sums()) {
-      const float* sums = &shared_at<float>(shared + Shared::kColumnSums);
+      const float* sums = &shared_at<float>(places.sums + kColumnSums);
       float constant[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) constant[i] = kReverse ? 1.f : kRowConstant ? -args.b * along[i] : args.a;
+      for (int i = 0; i < 2; ++i) constant[i] = kReverse ? 1.f : kRowConstant ? -args.b * rows.along[i] : args.a;
 #pragma unroll
       for (int i = 0; i < kCols / 2; ++i) o[i] += constant[i / 2 % 2] * sums[state_column(i)];
     }
     if (with_extra()) {
-      const float constant = t == 0 ? (kReverse ? first_count : args.a * first_count) : 0.f;
+      const float before = shared_at<float>(places.sums + kCount);
+      const float constant = t == 0 ? (kReverse ? before : args.a * before) : 0.f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if constexpr (kExtraInState) extra[i] = read[kCols / 2 + i];
-        extra[i] *= read_factor();
-        if (i % 2 == 0) extra[i] += constant;
-        if (kDecay) extra[i] *= row_factor[i / 2];
+        rows.extra[i] *= read_factor();
+        if (i % 2 == 0) rows.extra[i] += constant;
+        if (kDecay) rows.extra[i] *= rows.factor[i / 2];
       }
     }
     if (kDecay) {
 #pragma unroll
-      for (int i = 0; i < kCols / 2; ++i) o[i] *= row_factor[i / 2 % 2];
+      for (int i = 0; i < kCols / 2; ++i) o[i] *= rows.factor[i / 2 % 2];
     }
   }
 
   // o += the part of this chunk's sources, for an engine that is not asynchronous: a few columns of scores at a time.
-  template <int kSize, class Stage>
-  __device__ __forceinline__ void add_sources(float (&o)[kCols / 2], float (&extra)[4], float (&weight_sums)[2],
-                                              FragmentA (&x)[kSize], const Stage& stage, const float (&along)[2],
-                                              int valid) {
+  template <int kSize>
+  __device__ __forceinline__ void add_sources(RowSums& rows, FragmentA (&x)[kSize], const StageTiles& stage, int valid) {
     constexpr int kScores = Engine::kScoreColumns;
 #pragma unroll 1
     for (int first = 0; first < kChunk; first += kScores) {
@@ -674,18 +533,16 @@ struct ScanWarpgroup {
       }
 #pragma unroll
       for (int k = 0; k < kScores / 16; ++k) {
-        const FragmentA weights = weigh(p, k, first + 16 * k, weight_sums, along, valid);
-        if (kReverse && with_extra()) Engine::mma(extra, weights, extra_column(first / 16 + k));
-        Engine::template gemm_kn<kCols, ZTile>(o, weights, stage.z, first + 16 * k, true);
+        const FragmentA weights = weigh(p, k, first + 16 * k, rows, valid);
+        if (kReverse && with_extra()) Engine::mma(rows.extra, weights, extra_column(first / 16 + k));
+        Engine::template gemm_kn<kCols, ZTile>(rows.o, weights, stage.z, first + 16 * k, true);
       }
     }
   }
 
   // Columns 16k .. 16k+15 of p, the scores of sources source .. source+15 -> masked, decayed weights as a fragment.
-  // weight_sums: this thread's part of the sums of its two rows.
   template <int kSize>
-  __device__ __forceinline__ FragmentA weigh(const float (&p)[kSize], int k, int source, float (&weight_sums)[2],
-                                             const float (&along)[2], int valid) {
+  __device__ __forceinline__ FragmentA weigh(const float (&p)[kSize], int k, int source, RowSums& rows, int valid) {
     float v[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
     const int first_row = 16 * warp;
     if (kReverse ? source >= first_row : source <= first_row) {  // else all of them are on the wrong side of these rows
@@ -694,7 +551,7 @@ struct ScanWarpgroup {
         const int row = first_row + g + i / 2 % 2 * 8, column = source + 2 * t + i / 4 * 8 + i % 2;
         float weight = p[8 * k + i];
         if (kReverse) weight = token_array(kScoreFactor)[column] * weight + token_array(kScoreOffset)[column];
-        else if (kRowConstant) weight = args.b * (weight - along[i / 2 % 2]);
+        else if (kRowConstant) weight = args.b * (weight - rows.along[i / 2 % 2]);
         else weight = args.b * weight + args.a;
         if (kDecay) weight *= exp2f(token_array(kLogDecay)[row] - token_array(kLogDecay)[column]);
         v[i] = weight;
@@ -708,7 +565,7 @@ struct ScanWarpgroup {
       }
       if (kExtra && !kReverse) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) weight_sums[i / 2 % 2] += v[i];
+        for (int i = 0; i < 8; ++i) rows.weights[i / 2 % 2] += v[i];
       }
     }
     ptx::keep(v);  // the numbers of sixteen columns at a time
@@ -730,24 +587,6 @@ struct ScanWarpgroup {
     return Engine::pack_b(part);
   }
 
-  // Operand B whose first column is one: row 0 of eight.
-  __device__ __forceinline__ void write_ones() {
-    for (int i = threadIdx.x % kWarpgroupThreads; i < 8 * kChunk / 2; i += kWarpgroupThreads) {
-      const int row = i / (kChunk / 2), column = i % (kChunk / 2) * 2;
-      shared_at<uint32_t>(shared + Shared::kOnes + OnesTile::offset(row, column)) = row == 0 ? pack_bf16(1.f, 1.f) : 0;
-    }
-    publish_to_engine();
-    ptx::named_barrier_sync(barrier, kWarpgroupThreads);
-  }
-  // Columns behind the state's own: two take the row sums, the others stay zero.
-  __device__ __forceinline__ void clear_extra_columns() {
-    for (int i = threadIdx.x % kWarpgroupThreads; i < kStateParts * kRows; i += kWarpgroupThreads) {
-      const uint32_t tile = state_tiles + i / kRows * StateTile::kBytes;
-      shared_at<float4>(tile + StateTile::offset(i % kRows, kCols)) = make_float4(0.f, 0.f, 0.f, 0.f);
-    }
-    publish_to_engine();
-  }
-
   __device__ __forceinline__ void decay_state(float factor) {
 #pragma unroll
     for (int m = 0; m < kStateTiles; ++m) {
@@ -764,61 +603,65 @@ struct ScanWarpgroup {
     count *= factor;
   }
 
-  // state += y^T z and the sums beside it. In flight on return, for an asynchronous engine; y is what it reads.
-  __device__ __forceinline__ void update_state(FragmentA (&y)[kUpdateFragments][kStateTiles],
-                                               uint32_t y_tile, uint32_t z_tile, typename Engine::Operand z_operand,
-                                               int valid) {
-    const float* factors = token_array(kStateFactor);
-    const bool is_scaled = kDecay || kReverse || (!Engine::kZeroFilled && valid < kChunk);
-    if (with_column_sums()) sum_columns(z_tile);
-#pragma unroll(kUnrollChunk)
+  // Tokens 16k .. 16k+15 of y^T, weighted for the state.
+  __device__ __forceinline__ void load_update(FragmentA (&y)[kStateTiles], uint32_t y_tile, int k, bool is_scaled) {
+#pragma unroll
+    for (int m = 0; m < kStateTiles; ++m) {
+      Engine::template load_a_transposed<XTile>(y[m], y_tile, 64 * m + 16 * warp, 16 * k);
+    }
+    if (is_scaled) {
+      const float* factors = token_array(kStateFactor) + 16 * k + 2 * t;
+      const float factor[4] = {factors[0], factors[1], factors[8], factors[9]};
+      const typename Engine::Factors packed = Engine::pack_factors(factor);
+#pragma unroll
+      for (int m = 0; m < kStateTiles; ++m) Engine::scale_columns(y[m], packed);
+    }
+  }
+
+  // state += y^T z and the sums beside it, one fragment after the other.
+  __device__ __forceinline__ void update_state(const StageTiles& stage) {
+    if (with_column_sums()) sum_columns(stage.z);
+#pragma unroll 1
     for (int k = 0; k < kChunk / 16; ++k) {
-      if (kUpdateParts > 1 && k == kUpdateFragments) {  // the registers of the first half are free again
-        Engine::commit();
-        Engine::template wait<0>();
-        keep_update(y);
-      }
-      FragmentA(&own)[kStateTiles] = y[k % kUpdateFragments];
+      FragmentA y[kStateTiles];
+      load_update(y, stage.y, k, kDecay || kReverse);
 #pragma unroll
       for (int m = 0; m < kStateTiles; ++m) {
-        Engine::template load_a_transposed<XTile>(own[m], y_tile, 64 * m + 16 * warp, 16 * k);
-      }
-      if (is_scaled) {
-        const float factor[4] = {factors[16 * k + 2 * t], factors[16 * k + 2 * t + 1], factors[16 * k + 2 * t + 8],
-                                 factors[16 * k + 2 * t + 9]};
-#pragma unroll
-        for (int m = 0; m < kStateTiles; ++m) Engine::scale_columns(own[m], factor);
-      }
-      if (!kOnesTile && with_extra()) {
-#pragma unroll
-        for (int m = 0; m < kStateTiles; ++m) Engine::mma(row_sums[m], own[m], extra_column(k));
-      }
-      if constexpr (!Engine::kIsAsync) {
-#pragma unroll
-        for (int m = 0; m < kStateTiles; ++m) {
-          Engine::template gemm_kn<kCols, ZTile>(state[m], own[m], z_operand, 16 * k, true);
-        }
-      } else if ((k + 1) % kUpdateFragments == 0) {
-        Engine::fence();
-#pragma unroll
-        for (int part = k + 1 - kUpdateFragments; part <= k; ++part) {
-#pragma unroll
-          for (int m = 0; m < kStateTiles; ++m) {
-            Engine::template gemm_kn<kCols, ZTile>(state[m], y[part % kUpdateFragments][m], z_operand, 16 * part, true);
-          }
-        }
+        if (with_extra()) Engine::mma(row_sums[m], y[m], extra_column(k));
+        Engine::template gemm_kn<kCols, ZTile>(state[m], y[m], Engine::operand(stage.z), 16 * k, true);
       }
     }
-    if constexpr (kOnesTile) {
-      const typename Engine::Operand ones = Engine::operand(shared + Shared::kOnes, 0);
+  }
+
+  // The same with all fragments at hand, in flight on return: for an asynchronous engine.
+  __device__ __forceinline__ void start_update(FragmentA (&y)[kYFragments][kStateTiles], const StageTiles& stage) {
+    const typename Engine::Operand z = Engine::operand(stage.z);
+    Engine::fence();
 #pragma unroll
-      for (int k = 0; k < kChunk / 16; ++k) {
+    for (int k = 0; k < kYFragments; ++k) {
 #pragma unroll
-        for (int m = 0; m < kStateTiles; ++m) {
-          Engine::template gemm_nk<8, OnesTile>(row_sums[m], y[k][m], ones, 16 * k, true);
-        }
+      for (int m = 0; m < kStateTiles; ++m) {
+        Engine::template gemm_kn<kCols, ZTile>(state[m], y[k][m], z, 16 * k, true);
       }
     }
+    Engine::commit();
+    if (with_extra()) {
+#pragma unroll
+      for (int k = 0; k < kYFragments; ++k) {
+        const FragmentB extra = extra_column(k);
+#pragma unroll
+        for (int m = 0; m < kStateTiles; ++m) Engine::mma(row_sums[m], y[k][m], extra);
+      }
+    }
+    if (with_column_sums()) sum_columns(stage.z);
+  }
+
+  // Accumulators and operands of an update in flight stay as they are until here.
+  __device__ __forceinline__ void keep_update(FragmentA (&y)[kYFragments][kStateTiles]) {
+#pragma unroll
+    for (int m = 0; m < kStateTiles; ++m) Engine::keep(state[m]);
+#pragma unroll
+    for (int k = 0; k < kYFragments; ++k) Engine::keep_fragments(y[k]);
   }
 
   // column_sums += sum of z, weighted; the weights are rows 0 and 1 of a fragment, in two rounded parts.
@@ -840,7 +683,7 @@ struct ScanWarpgroup {
 #pragma unroll
       for (int n = 0; n < kCols / 32; ++n) {
         FragmentB columns[2];
-        Engine::template load_b_pair<ZTile>(columns, z_tile, 32 * k, tile_column() + kOwnColumns * warp + 8 * n);
+        Engine::template load_b_pair<ZTile>(columns, z_tile, 32 * k, kOwnColumns * warp + 8 * n);
         Engine::mma(column_sums[n], rows[0], columns[0]);
         Engine::mma(column_sums[n], rows[1], columns[1]);
       }
@@ -849,26 +692,24 @@ struct ScanWarpgroup {
   }
 
   // Rows beyond the segment belong to others and may hold anything: zero times NaN must not reach a product.
-  __device__ __forceinline__ void clear_rows(uint32_t z_tile, int valid) {
-    constexpr int kUnits = kCols / 8;  // of 16 bytes in a row of this warpgroup
+  template <class Layout, int kWidth>
+  __device__ __forceinline__ void clear_rows(uint32_t tile, int valid) {
+    constexpr int kUnits = kWidth / 8;  // of 16 bytes in a row
     for (int i = threadIdx.x % kWarpgroupThreads + valid * kUnits; i < kChunk * kUnits; i += kWarpgroupThreads) {
-      const uint32_t offset = ZTile::offset(i / kUnits, tile_column() + i % kUnits * 8);
-      shared_at<float4>(z_tile + offset) = make_float4(0.f, 0.f, 0.f, 0.f);
+      shared_at<float4>(tile + Layout::offset(i / kUnits, i % kUnits * 8)) = make_float4(0.f, 0.f, 0.f, 0.f);
     }
     publish_to_engine();
-    ptx::named_barrier_sync(barrier, kWarpgroupThreads);
   }
 
-  __device__ __forceinline__ void write_output(const float (&o)[kCols / 2], const float (&extra)[4],
-                                               const float (&weight_sums)[2], const float (&row_den)[2], int64_t first,
-                                               int valid) {
+  __device__ __forceinline__ void write_output(const RowSums& rows, int64_t first, int valid) {
+    const float(&o)[kCols / 2] = rows.o;
     float row_scale[2] = {1.f, 1.f}, extra_sum[2] = {0.f, 0.f};
     const int first_row = hidden(16 * warp + g), batch = hidden(segment.batch), head = hidden(this->head);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row + 8 * i;
       if (kExtra && with_extra()) {
-        float value = extra[2 * i] + extra[2 * i + 1] + weight_sums[i];
+        float value = rows.extra[2 * i] + rows.extra[2 * i + 1] + rows.weights[i];
         value += __shfl_xor_sync(0xffffffffu, value, 1);
         value += __shfl_xor_sync(0xffffffffu, value, 2);
         extra_sum[i] = value;
@@ -878,7 +719,7 @@ struct ScanWarpgroup {
           if (column0 == 0 && t == 0 && row < valid) args.den[at] = value;
         }
       }
-      if (kRowConstant && args.normalize) row_scale[i] = 1.f / guarded(row_den[i]);
+      if (kRowConstant && args.normalize) row_scale[i] = 1.f / guarded(rows.den[i]);
     }
     if constexpr (kKind == ScanKind::kValueGrad) {
       if (args.extra_out != nullptr) write_column_terms(o, extra_sum, first, valid);
@@ -928,7 +769,7 @@ struct ScanWarpgroup {
   // This warp's 16 rows; 16-bit results pass through shared memory, so that a row leaves in one piece.
   __device__ __forceinline__ void write_rows(__nv_bfloat16* base, const float (&o)[kCols / 2],
                                              const float (&row_scale)[2], int valid, int columns) {
-    const uint32_t tile = shared + Shared::kOut + warp * OutTile::kBytes;
+    const uint32_t tile = places.out;
     const uint32_t corner = tile + OutTile::offset(g, 2 * t);
     const int lane = hidden(this->lane);
     __syncwarp();  // the rows of the chunk before have left
@@ -984,9 +825,6 @@ struct ScanWarpgroup {
     }
   }
 
-  // This warpgroup's first column within tiles that it shares.
-  __device__ __forceinline__ int tile_column() const { return kSharedCols > kCols ? column0 % kSharedCols : 0; }
-  __device__ __forceinline__ int state_column0() const { return kOwnsStateTile ? 0 : tile_column(); }
   // Where accumulator i of state tile m, or of an output, lies.
   __device__ __forceinline__ int state_row(int m, int i) const { return 64 * m + 16 * warp + g + i / 2 % 2 * 8; }
   __device__ __forceinline__ int state_column(int i) const { return i / 4 * 8 + 2 * t + i % 2; }
@@ -1000,7 +838,7 @@ struct ScanWarpgroup {
     return static_cast<int64_t>(item) * args.num_kv_heads + kv_head;
   }
 
-  float added_count = 0.f;
+  float added_count = 0.f;  // to count, by the chunk in work
 };
 
 }  // namespace hf_linattn
