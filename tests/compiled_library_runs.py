@@ -32,17 +32,19 @@ def definitions() -> None:
     assert compiled_library_problem is None, compiled_library_problem
     assert compiled_build_info()["architectures"] == "sm_80,sm_90a,compute_80"
     assert explain("cpu", torch.bfloat16)[0] == "chunked"
-    ops, members = torch.ops.hf_linattn, (None,) * 4
+    ops = torch.ops.hf_linattn
     with FakeTensorMode():
         q, k, v, g = torch.empty(2, 5, 4, 16), torch.empty(2, 5, 2, 16), torch.empty(2, 5, 2, 8), torch.empty(2, 5, 2)
-        forward = (q, k, v, g, *members, None, 0.5, 1.0, True, True, True, False, 0)
-        o, den, _, *final = ops.linear_attention_forward(*forward)
+        forward = (q, k, v, g, [], None, 0.5, 1.0, True, True, True, 0)
+        o, den, final = ops.linear_attention_forward(*forward)
         assert o.shape == (2, 5, 4, 8)
         assert den.shape == (2, 4, 5)
         assert [x.shape for x in final] == [(2, 2, 16, 8), (2, 2, 16), (2, 2, 8), (2, 2)]
-        flags = (None, 0.0, 1.0, False, True, True, False, 0)
-        grads = ops.linear_attention_backward(o, q, k, v, o, None, None, g, *members, *members, *members, *flags)
-        assert [x.shape for x in grads] == [q.shape, k.shape, v.shape, g.shape, *[(0,)] * 4]
+        backward = (o, q, k, v, o, None, g, [], [], [], None, 0.0, 1.0, False, True, True)
+        *grads, d_initial = ops.linear_attention_backward(*backward, True, 0)
+        assert [x.shape for x in grads] == [q.shape, k.shape, v.shape, g.shape]
+        assert [x.shape for x in d_initial] == [(2, 2, 16, 8)]
+        assert ops.linear_attention_backward(*backward, False, 0)[4] == []
         step = ops.linear_attention_step(
             q[:, 0], k[:, 0], v[:, 0], None, final[0], final[1], None, None, 0.0, 1.0, True, 0
         )

@@ -58,7 +58,6 @@ class _Gradients(ctypes.Structure):
         ("o", _Tensor),
         ("d_o", _Tensor),
         ("den", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
         ("d_final", _State),
         ("final_state", _State),
         *((name, _Tensor) for name in ("dq", "dk", "dv")),
@@ -98,7 +97,7 @@ def load_parts() -> ctypes.CDLL:
 def _load(name: str, sources: tuple[Path, ...]) -> ctypes.CDLL:
     library = ctypes.CDLL(str(build_library(name, sources)))
     library.hf_linattn_last_error.restype = ctypes.c_char_p
-    for function in ("hf_linattn_forward_workspace", "hf_linattn_backward_workspace", "hf_linattn_residual_bytes"):
+    for function in ("hf_linattn_forward_workspace", "hf_linattn_backward_workspace"):
         if hasattr(library, function):
             getattr(library, function).restype = ctypes.c_size_t
     return library
@@ -227,15 +226,13 @@ def forward(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     path: str = "auto",
-) -> tuple[Tensor, Tensor | None, Tensor | None, LinearAttentionState | None]:
-    """o `[B, T, H, V]`, den `[B, H, T]` and residual (bytes) or None, final state (None unless asked)."""
+) -> tuple[Tensor, Tensor | None, LinearAttentionState | None]:
+    """o `[B, T, H, V]`, den `[B, H, T]` or None, final state (None unless asked)."""
     problem = _problem(q, k, v, g, a, b, normalize, causal, initial_state, cu_seqlens, path)
     buffers = _Buffers()
     o = buffers.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
     den = buffers.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32) if normalize else None
     final = _empty_state(buffers, problem) if output_final_state else None
-    residual_bytes = load_kernels().hf_linattn_residual_bytes(ctypes.byref(problem))
-    residual = buffers.empty(residual_bytes, dtype=torch.uint8) if residual_bytes else None
     size = load_kernels().hf_linattn_forward_workspace(ctypes.byref(problem))
     workspace = buffers.empty(size, dtype=torch.uint8)
     _call(
@@ -244,13 +241,12 @@ def forward(
         ctypes.byref(problem),
         ctypes.byref(_tensor(o)),
         ctypes.c_void_p(_pointer(den)),
-        ctypes.c_void_p(_pointer(residual)),
         ctypes.byref(_state(final)),
         ctypes.c_void_p(workspace.data_ptr()),
         None,
     )
     buffers.check()
-    return o, den, residual, final
+    return o, den, final
 
 
 def backward(
@@ -260,7 +256,6 @@ def backward(
     v: Tensor,
     o: Tensor,
     den: Tensor | None,
-    residual: Tensor | None = None,
     g: Tensor | None = None,
     *,
     a: float = 0.0,
@@ -285,7 +280,6 @@ def backward(
         o=_tensor(o),
         d_o=_tensor(d_o),
         den=_pointer(den),
-        residual=_pointer(residual),
         d_final=_state(d_final),
         final_state=_state(final_state),
         dq=_tensor(dq),
@@ -294,7 +288,7 @@ def backward(
         dg=_pointer(dg),
         d_initial=_state(d_initial),
     )
-    size = load_kernels().hf_linattn_backward_workspace(ctypes.byref(problem))
+    size = load_kernels().hf_linattn_backward_workspace(ctypes.byref(problem), ctypes.byref(gradients))
     workspace = buffers.empty(size, dtype=torch.uint8)
     _call(
         load_kernels(),

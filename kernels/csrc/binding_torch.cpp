@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -18,6 +19,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 // Weak, so that the library also loads into a PyTorch without CUDA, where nothing calls it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -26,6 +28,8 @@ namespace {
 
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using TensorList = std::vector<Tensor>;
+using Sizes = std::initializer_list<int64_t>;
 
 // Takes the parts of the message unjoined, so that a check that holds builds no string.
 template <class... Parts>
@@ -75,8 +79,9 @@ int32_t kernel_dtype(const Tensor& tensor) {
   return HF_LINATTN_FP32;
 }
 
-// A new contiguous tensor on the device of `like`; straight to the allocator, without a trip through the dispatcher.
-Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
+// A new contiguous tensor on the device of `like`. Every one costs the host a microsecond or two: none is made that
+// nobody reads.
+Tensor allocate(const Tensor& like, Sizes sizes, int32_t dtype) {
   std::array<int64_t, 4> strides{};
   int64_t stride = 1;
   for (size_t axis = sizes.size(); axis-- > 0;) {
@@ -92,38 +97,36 @@ Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, int32_
   return Tensor(handle);
 }
 
-Tensor allocate_float(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return allocate(like, sizes, aoti_torch_dtype_float32());
-}
+Tensor allocate_float(const Tensor& like, Sizes sizes) { return allocate(like, sizes, aoti_torch_dtype_float32()); }
 
 Tensor allocate_bytes(const Tensor& like, size_t bytes) {
   return allocate(like, {static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8());
 }
 
+OptionalTensor allocate_workspace(const Tensor& like, size_t bytes) {
+  return bytes == 0 ? OptionalTensor() : allocate_bytes(like, bytes);
+}
+
 void* address(const Tensor& tensor) { return tensor.data_ptr(); }
 
-float* float_address(const OptionalTensor& tensor) {
-  // Outputs that are not wanted are tensors of shape [0].
-  return tensor && tensor->numel() > 0 ? static_cast<float*>(address(*tensor)) : nullptr;
+template <class T = void>
+T* address(const OptionalTensor& tensor) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-uint8_t* byte_address(const OptionalTensor& tensor) {
-  return tensor && tensor->numel() > 0 ? static_cast<uint8_t*>(address(*tensor)) : nullptr;
+void check_shape(const char* name, const Tensor& tensor, Sizes sizes) {
+  require(tensor.sizes() == sizes, name,
+          ": its shape does not fit the other arguments; call it through linear_attention");
 }
 
-void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
-  bool matches = tensor.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t axis = 0; matches && axis < sizes.size(); ++axis) {
-    matches = tensor.size(static_cast<int64_t>(axis)) == sizes.begin()[axis];
-  }
-  require(matches, name, ": its shape does not fit the other arguments; call it through linear_attention");
+void check_float(const char* name, const Tensor& tensor, Sizes sizes) {
+  check_shape(name, tensor, sizes);
+  require(dtype_of(tensor) == aoti_torch_dtype_float32() && tensor.is_contiguous(), name,
+          ": expected a contiguous float32 tensor; use .float().contiguous()");
 }
 
-void check_float(const char* name, const OptionalTensor& tensor, std::initializer_list<int64_t> sizes) {
-  if (!tensor) return;
-  check_shape(name, *tensor, sizes);
-  require(dtype_of(*tensor) == aoti_torch_dtype_float32() && tensor->is_contiguous(), name,
-                  ": expected a contiguous float32 tensor; use .float().contiguous()");
+void check_float(const char* name, const OptionalTensor& tensor, Sizes sizes) {
+  if (tensor) check_float(name, *tensor, sizes);
 }
 
 // [B, T, H, dim] as the kernels see it.
@@ -134,46 +137,47 @@ hf_linattn_tensor describe(const char* name, const Tensor& tensor, const Tensor&
   return {address(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// The four members of a state, each of which may be absent.
-struct State {
-  OptionalTensor kv, key_sum, value_sum, weight_sum;
-
-  hf_linattn_state pointers() const {
-    return {float_address(kv), float_address(key_sum), float_address(value_sum), float_address(weight_sum)};
-  }
-
-  bool any() const { return kv || key_sum || value_sum || weight_sum; }
-};
-
-void check_state(const char* name, const State& state, const hf_linattn_problem& problem) {
+// Calls visit(member, its sizes) for each member of a state that this form of the op has. A list of tensors holds a
+// state as these members in this order, or nothing where there is no state.
+template <class Visit>
+void for_each_state_member(const hf_linattn_problem& problem, Visit visit) {
   const int64_t n = problem.num_sequences, heads = problem.num_kv_heads;
-  check_float(name, state.kv, {n, heads, problem.feature_dim, problem.value_dim});
-  check_float(name, state.key_sum, {n, heads, problem.feature_dim});
-  check_float(name, state.value_sum, {n, heads, problem.value_dim});
-  check_float(name, state.weight_sum, {n, heads});
+  const bool has_constant = problem.a != 0.0f, normalize = problem.normalize != 0;
+  visit(&hf_linattn_state::kv, Sizes{n, heads, problem.feature_dim, problem.value_dim});
+  if (normalize) visit(&hf_linattn_state::key_sum, Sizes{n, heads, problem.feature_dim});
+  if (has_constant) visit(&hf_linattn_state::value_sum, Sizes{n, heads, problem.value_dim});
+  if (normalize && has_constant) visit(&hf_linattn_state::weight_sum, Sizes{n, heads});
 }
 
-// Room for the members that this form of the op has, or tensors of shape [0].
-State allocate_state(const Tensor& like, const hf_linattn_problem& problem, bool is_wanted) {
-  const int64_t n = problem.num_sequences, heads = problem.num_kv_heads;
-  const int64_t feature_dim = problem.feature_dim, value_dim = problem.value_dim;
-  const bool has_constant = problem.a != 0.0f, normalize = problem.normalize != 0;
-  const auto absent = [&] { return allocate_float(like, {0}); };
-  return {is_wanted ? allocate_float(like, {n, heads, feature_dim, value_dim}) : absent(),
-          is_wanted && normalize ? allocate_float(like, {n, heads, feature_dim}) : absent(),
-          is_wanted && has_constant ? allocate_float(like, {n, heads, value_dim}) : absent(),
-          is_wanted && normalize && has_constant ? allocate_float(like, {n, heads}) : absent()};
+hf_linattn_state describe_state(const char* name, const TensorList& state, const hf_linattn_problem& problem) {
+  hf_linattn_state described{};
+  if (state.empty()) return described;
+  size_t count = 0;
+  for_each_state_member(problem, [&](float* hf_linattn_state::*member, Sizes sizes) {
+    require(count < state.size(), name, ": has too few members for these a and normalize");
+    check_float(name, state[count], sizes);
+    described.*member = static_cast<float*>(address(state[count]));
+    ++count;
+  });
+  require(count == state.size(), name, ": has too many members for these a and normalize");
+  return described;
+}
+
+TensorList allocate_state(const Tensor& like, const hf_linattn_problem& problem) {
+  TensorList state;
+  for_each_state_member(problem, [&](float* hf_linattn_state::*, Sizes sizes) {
+    state.push_back(allocate_float(like, sizes));
+  });
+  return state;
 }
 
 // What a call without tokens leaves: `source` unchanged, or zeros.
-void copy_state(const State& target, const State& source) {
-  const OptionalTensor State::*members[] = {&State::kv, &State::key_sum, &State::value_sum, &State::weight_sum};
-  for (const auto member : members) {
-    if ((target.*member)->numel() == 0) continue;
-    if (source.*member) {
-      TORCH_ERROR_CODE_CHECK(aoti_torch_copy_((target.*member)->get(), (source.*member)->get(), 1));
+void copy_state(const TensorList& target, const TensorList& source) {
+  for (size_t i = 0; i < target.size(); ++i) {
+    if (source.empty()) {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(target[i].get()));
     } else {
-      TORCH_ERROR_CODE_CHECK(aoti_torch_zero_((target.*member)->get()));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(target[i].get(), source[i].get(), 1));
     }
   }
 }
@@ -181,8 +185,8 @@ void copy_state(const State& target, const State& source) {
 void check_code(int code) { require(code == 0, "hf_linattn: ", hf_linattn_last_error()); }
 
 hf_linattn_problem describe_problem(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
-                                    const State& initial, const OptionalTensor& cu_seqlens, double a, double b,
-                                    bool normalize, bool causal, int64_t path) {
+                                    const TensorList& initial_state, const OptionalTensor& cu_seqlens, double a,
+                                    double b, bool normalize, bool causal, int64_t path) {
   require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v: expected [B, T, H, dim]");
   hf_linattn_problem problem{};
   problem.dtype = kernel_dtype(q);
@@ -221,88 +225,75 @@ hf_linattn_problem describe_problem(const Tensor& q, const Tensor& k, const Tens
     problem.g_token_stride = g->stride(1);
     problem.g_head_stride = g->stride(2);
   }
-  check_state("initial_state", initial, problem);
-  problem.initial_state = initial.pointers();
+  problem.initial_state = describe_state("initial_state", initial_state, problem);
   return problem;
 }
 
 bool has_tokens(const hf_linattn_problem& problem) { return problem.batch > 0 && problem.tokens > 0; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, const OptionalTensor& kv,
-    const OptionalTensor& key_sum, const OptionalTensor& value_sum, const OptionalTensor& weight_sum,
+std::tuple<Tensor, OptionalTensor, TensorList> linear_attention_forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, const TensorList& initial_state,
     const OptionalTensor& cu_seqlens, double a, double b, bool normalize, bool causal, bool output_final_state,
-    bool keep_residual, int64_t path) {
-  const State initial{kv, key_sum, value_sum, weight_sum};
+    int64_t path) {
   const DeviceScope scope(q);
   const hf_linattn_problem problem =
-      describe_problem(q, k, v, g, initial, cu_seqlens, a, b, normalize, causal, path);
+      describe_problem(q, k, v, g, initial_state, cu_seqlens, a, b, normalize, causal, path);
   const Tensor o = allocate(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, dtype_of(q));
-  const Tensor den = normalize ? allocate_float(q, {q.size(0), q.size(2), q.size(1)}) : allocate_float(q, {0});
-  const size_t residual_bytes = keep_residual && has_tokens(problem) ? hf_linattn_residual_bytes(&problem) : 0;
-  const Tensor residual = allocate_bytes(q, residual_bytes);
-  const State final_state = allocate_state(q, problem, output_final_state);
+  OptionalTensor den;
+  if (normalize) den = allocate_float(q, {q.size(0), q.size(2), q.size(1)});
+  TensorList final_state;
+  if (output_final_state) final_state = allocate_state(q, problem);
   if (has_tokens(problem)) {
     const hf_linattn_tensor o_view = describe("o", o, q);
-    const hf_linattn_state final_pointers = final_state.pointers();
-    const Tensor workspace = allocate_bytes(q, hf_linattn_forward_workspace(&problem));
-    check_code(hf_linattn_forward(&problem, &o_view, float_address(den), byte_address(residual), &final_pointers,
-                                  address(workspace), scope.stream()));
-  } else if (output_final_state) {
-    copy_state(final_state, initial);
+    const hf_linattn_state final_view = describe_state("final_state", final_state, problem);
+    const OptionalTensor workspace = allocate_workspace(q, hf_linattn_forward_workspace(&problem));
+    check_code(hf_linattn_forward(&problem, &o_view, address<float>(den), &final_view, address(workspace),
+                                  scope.stream()));
+  } else {
+    copy_state(final_state, initial_state);
   }
-  return {o, den, residual, *final_state.kv, *final_state.key_sum, *final_state.value_sum, *final_state.weight_sum};
+  return {o, den, final_state};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
+std::tuple<Tensor, Tensor, Tensor, OptionalTensor, TensorList> linear_attention_backward(
     const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const OptionalTensor& den,
-    const OptionalTensor& residual, const OptionalTensor& g, const OptionalTensor& kv, const OptionalTensor& key_sum,
-    const OptionalTensor& value_sum, const OptionalTensor& weight_sum, const OptionalTensor& d_kv,
-    const OptionalTensor& d_key_sum, const OptionalTensor& d_value_sum, const OptionalTensor& d_weight_sum,
-    const OptionalTensor& final_kv, const OptionalTensor& final_key_sum, const OptionalTensor& final_value_sum,
-    const OptionalTensor& final_weight_sum, const OptionalTensor& cu_seqlens, double a, double b, bool normalize,
-    bool causal, bool needs_dg, bool needs_d_initial, int64_t path) {
-  const State initial{kv, key_sum, value_sum, weight_sum};
-  const State d_final{d_kv, d_key_sum, d_value_sum, d_weight_sum};
-  const State final_state{final_kv, final_key_sum, final_value_sum, final_weight_sum};
+    const OptionalTensor& g, const TensorList& initial_state, const TensorList& d_final_state,
+    const TensorList& final_state, const OptionalTensor& cu_seqlens, double a, double b, bool normalize, bool causal,
+    bool needs_dg, bool needs_d_initial_state, int64_t path) {
   const DeviceScope scope(q);
   const hf_linattn_problem problem =
-      describe_problem(q, k, v, g, initial, cu_seqlens, a, b, normalize, causal, path);
+      describe_problem(q, k, v, g, initial_state, cu_seqlens, a, b, normalize, causal, path);
   check_shape("o", o, {q.size(0), q.size(1), q.size(2), v.size(3)});
   check_shape("d_o", d_o, {q.size(0), q.size(1), q.size(2), v.size(3)});
   check_float("den", den, {q.size(0), q.size(2), q.size(1)});
-  require(!residual || !has_tokens(problem) ||
-              static_cast<size_t>(residual->numel()) == hf_linattn_residual_bytes(&problem),
-          "residual: expected what the forward returned for these arguments");
-  check_state("d_final", d_final, problem);
-  check_state("final_state", final_state, problem);
-  require(!needs_dg || (g && (final_state.any() || !d_final.any())), "final_state: dg needs it");
+  hf_linattn_gradients gradients{};
+  gradients.d_final = describe_state("d_final_state", d_final_state, problem);
+  gradients.final_state = describe_state("final_state", final_state, problem);
+  require(!needs_dg || (g && (!final_state.empty() || d_final_state.empty())), "final_state: dg needs it");
 
   const int32_t dtype = dtype_of(q);
   const Tensor dq = allocate(q, {q.size(0), q.size(1), q.size(2), q.size(3)}, dtype);
   const Tensor dk = allocate(q, {k.size(0), k.size(1), k.size(2), k.size(3)}, dtype);
   const Tensor dv = allocate(q, {v.size(0), v.size(1), v.size(2), v.size(3)}, dtype);
-  const Tensor dg = needs_dg ? allocate_float(q, {k.size(0), k.size(1), k.size(2)}) : allocate_float(q, {0});
-  const State d_initial = allocate_state(q, problem, needs_d_initial);
+  OptionalTensor dg;
+  if (needs_dg) dg = allocate_float(q, {k.size(0), k.size(1), k.size(2)});
+  TensorList d_initial_state;
+  if (needs_d_initial_state) d_initial_state = allocate_state(q, problem);
   if (has_tokens(problem)) {
-    hf_linattn_gradients gradients{};
     gradients.o = describe("o", o, q);
     gradients.d_o = describe("d_o", d_o, q);
-    gradients.den = float_address(den);
-    gradients.residual = byte_address(residual);
-    gradients.d_final = d_final.pointers();
-    gradients.final_state = final_state.pointers();
+    gradients.den = address<float>(den);
     gradients.dq = describe("dq", dq, q);
     gradients.dk = describe("dk", dk, q);
     gradients.dv = describe("dv", dv, q);
-    gradients.dg = float_address(dg);
-    gradients.d_initial = d_initial.pointers();
-    const Tensor workspace = allocate_bytes(q, hf_linattn_backward_workspace(&problem));
+    gradients.dg = address<float>(dg);
+    gradients.d_initial = describe_state("d_initial_state", d_initial_state, problem);
+    const OptionalTensor workspace = allocate_workspace(q, hf_linattn_backward_workspace(&problem, &gradients));
     check_code(hf_linattn_backward(&problem, &gradients, address(workspace), scope.stream()));
-  } else if (needs_d_initial) {
-    copy_state(d_initial, d_final);
+  } else {
+    copy_state(d_initial_state, d_final_state);
   }
-  return {dq, dk, dv, dg, *d_initial.kv, *d_initial.key_sum, *d_initial.value_sum, *d_initial.weight_sum};
+  return {dq, dk, dv, dg, d_initial_state};
 }
 
 Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
@@ -350,7 +341,8 @@ Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, 
     problem.g_batch_stride = g->stride(0);
     problem.g_head_stride = g->stride(1);
   }
-  problem.state = State{kv, key_sum, value_sum, weight_sum}.pointers();
+  problem.state = {static_cast<float*>(address(kv)), address<float>(key_sum), address<float>(value_sum),
+                   address<float>(weight_sum)};
   const Tensor o = allocate(q, {batch, q.size(1), value_dim}, dtype_of(q));
   problem.o = address(o);
   if (batch > 0) check_code(hf_linattn_step(&problem, scope.stream()));
@@ -387,17 +379,14 @@ std::string build_info() { return KERNELS_BUILD_INFO; }
 
 STABLE_TORCH_LIBRARY(hf_linattn, m) {
   m.def(
-      "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? kv, Tensor? key_sum, "
-      "Tensor? value_sum, Tensor? weight_sum, Tensor? cu_seqlens, float a, float b, bool normalize, bool causal, "
-      "bool output_final_state, bool keep_residual, int path) -> (Tensor o, Tensor den, Tensor residual, "
-      "Tensor final_kv, Tensor final_key_sum, Tensor final_value_sum, Tensor final_weight_sum)");
+      "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor[] initial_state, Tensor? cu_seqlens, "
+      "float a, float b, bool normalize, bool causal, bool output_final_state, int path) -> "
+      "(Tensor o, Tensor? den, Tensor[] final_state)");
   m.def(
-      "linear_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor? den, Tensor? residual, "
-      "Tensor? g, Tensor? kv, Tensor? key_sum, Tensor? value_sum, Tensor? weight_sum, Tensor? d_kv, Tensor? d_key_sum, "
-      "Tensor? d_value_sum, Tensor? d_weight_sum, Tensor? final_kv, Tensor? final_key_sum, Tensor? final_value_sum, "
-      "Tensor? final_weight_sum, Tensor? cu_seqlens, float a, float b, bool normalize, bool causal, bool needs_dg, "
-      "bool needs_d_initial, int path) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dkv, "
-      "Tensor dkey_sum, Tensor dvalue_sum, Tensor dweight_sum)");
+      "linear_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor? den, "
+      "Tensor? g, Tensor[] initial_state, Tensor[] d_final_state, Tensor[] final_state, Tensor? cu_seqlens, float a, "
+      "float b, bool normalize, bool causal, bool needs_dg, bool needs_d_initial_state, int path) -> "
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor? dg, Tensor[] d_initial_state)");
   m.def(
       "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) kv, Tensor(b!)? key_sum, "
       "Tensor(c!)? value_sum, Tensor(d!)? weight_sum, float a, float b, bool normalize, int feature_map) -> Tensor");

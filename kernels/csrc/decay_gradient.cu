@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kTermThreads)
   const int64_t end = p.cu_seqlens == nullptr ? p.tokens : boundary(p, p.num_sequences);
   float* const dg = d.dg + batch * p.tokens * p.num_kv_heads + kv_head;
 
-  const int parts = residual_units(p.value_dim);
+  const int parts = column_units(p.value_dim);
   const int64_t part_size = static_cast<int64_t>(p.batch) * p.num_kv_heads * p.tokens;
 
   for (int i = 0; i < kTokensPerWarp; ++i) {

@@ -1,15 +1,19 @@
 // A stand-in for the GPU: the kernels' sources compiled as C++20 by a host compiler (-DHF_LINATTN_EMULATION) and run.
 //
-// One fiber for each thread of a block, blocks one after another, all in one host thread. A fiber runs until it meets
-// something that takes several threads (a barrier, a shuffle, a matrix instruction) or time (a copy, an mbarrier).
+// One fiber for each thread of a cluster of blocks, clusters one after another, all in one host thread. A fiber runs
+// until it meets something that takes several threads (a barrier, a shuffle, a matrix instruction) or time (a copy, an
+// mbarrier); a block runs until all its fibers have.
 // Made to find faults rather than to be fast:
 //   - shared memory starts as NaN, and has unreadable pages at both ends;
 //   - asynchronous work is done as late as the hardware may do it: cp.async and wgmma when they are waited for, copies
-//     of the copy engine when nobody can run otherwise. A missing wait therefore shows as wrong numbers;
+//     of the copy engine, and stores and arrivals at blocks of the cluster, when nobody can run otherwise. A missing
+//     wait therefore shows as wrong numbers;
 //   - wgmma sees what the asynchronous proxy would see: writes without fence.proxy.async are an error, and so is
 //     overwriting an operand before wgmma is waited for;
 //   - threads that can never go on are listed with what each of them waits for;
-//   - HF_LINATTN_EMULATED_SEED other than 0 makes the order of threads and blocks, and the time of copies, random.
+//   - a block that ends before all that is under way to its shared memory has come is an error;
+//   - HF_LINATTN_EMULATED_SEED other than 0 makes the order of threads and blocks, and the time of what is under way,
+//     random.
 // Not seen: races between threads that the chosen order happens to hide, and everything about speed.
 #ifndef HF_LINATTN_EMULATION_H_
 #define HF_LINATTN_EMULATION_H_
@@ -74,8 +78,9 @@ struct alignas(64) CUtensorMap {
 namespace hf_linattn {
 namespace emulation {
 
-constexpr int kWarp = 32, kMaxThreads = 1024, kNamedBarriers = 16;
+constexpr int kWarp = 32, kMaxThreads = 1024, kMaxCluster = 8, kNamedBarriers = 16;
 constexpr uint32_t kWindow = 1024;  // shared address of the first byte; on hardware, too, it is not 0
+constexpr uint32_t kRankShift = 24, kRemote = 1 << 23;  // shared address in a block of the cluster: rank, mark, address
 constexpr uint32_t kRowBytes = 128, kSwizzleChunk = 16;
 constexpr size_t kStackBytes = 256 * 1024, kPage = 4096, kSmemRegion = 256 * 1024, kGuard = 16 * kPage;
 
@@ -128,13 +133,52 @@ struct Copy {  // one cp.async
 
 struct TensorCopy {
   CUtensorMap map;
+  int rank;  // of the block that it goes to
   uint32_t smem, bar;
   int64_t at[4];
+};
+
+struct Signal {  // an arrival at an mbarrier, or a store that an mbarrier counts, in a block of the cluster
+  int rank;
+  bool stores, from_other_block;
+  uint32_t bar, smem;
+  float value;
 };
 
 struct MBarrier {
   int64_t count, pending, bytes;
   uint32_t phase;
+  bool has_remote_signals;
+};
+
+// First in, first out, or any of them in the place of the first.
+template <class T>
+class Queue {
+ public:
+  size_t size() const { return items_.size() - first_; }
+  bool empty() const { return size() == 0; }
+  const T* begin() const { return items_.data() + first_; }
+  const T* end() const { return items_.data() + items_.size(); }
+  void push(const T& item) { items_.push_back(item); }
+  void clear() {
+    items_.clear();
+    first_ = 0;
+  }
+  T take(size_t i) {
+    if (i != 0) std::swap(items_[first_], items_[first_ + i]);
+    const T item = items_[first_++];
+    if (first_ == items_.size()) {
+      clear();
+    } else if (first_ > kMaxThreads && first_ > items_.size() / 2) {
+      items_.erase(items_.begin(), items_.begin() + static_cast<ptrdiff_t>(first_));
+      first_ = 0;
+    }
+    return item;
+  }
+
+ private:
+  std::vector<T> items_;
+  size_t first_ = 0;
 };
 
 struct Thread {
@@ -146,6 +190,8 @@ struct Thread {
   std::vector<std::vector<Copy>> copy_groups;
   std::vector<Copy> copies;
   bool wgmma_fenced = false;
+  bool at_cluster = false;  // has arrived at the cluster's barrier, in this phase of it, and not waited
+  uint32_t cluster_phase = 0;
 };
 
 // One wgmma of one warp: 16 rows of the product.
@@ -173,6 +219,17 @@ struct Meeting {  // a barrier of the block
   int arrived = 0, expected = 0;
 };
 
+struct Block {
+  int rank = 0, live = 0;  // ended where no thread lives
+  uint3 index = {};
+  Queue<int> ready;
+  char *smem = nullptr, *smem_end = nullptr;
+  std::vector<char> async_smem;
+  bool fenced = false;
+  Meeting meetings[kNamedBarriers];
+  std::map<uint32_t, MBarrier> mbarriers;
+};
+
 class Engine {
  public:
   static Engine& get() {
@@ -180,13 +237,11 @@ class Engine {
     return engine;
   }
 
-  // Null, or why the launch failed. Blocks of one cluster (neighbours in x) run one after another as well, the first of
-  // them last, so that it finds the others arrived at a barrier of the cluster; the wait of the others is not emulated.
+  // Null, or why the launch failed. Blocks of one cluster are neighbours in x.
   const char* run(dim3 grid, int cluster, int threads, size_t smem_bytes, std::function<void()> body);
 
   // --- for the threads of the running block ---
 
-  int thread() const { return current_; }
   int lane() const { return current_ % kWarp; }
   Thread& self() { return threads_[current_]; }
   Warp& warp() { return warps_[current_ / kWarp]; }
@@ -198,27 +253,47 @@ class Engine {
     vsnprintf(problem_, sizeof problem_, format, arguments);
     va_end(arguments);
     char place[96];
-    snprintf(place, sizeof place, " [block %u,%u,%u thread %d]", blockIdx.x, blockIdx.y, blockIdx.z, current_);
+    snprintf(place, sizeof place, " [block %u,%u,%u thread %d]", blockIdx.x, blockIdx.y, blockIdx.z,
+             current_ % kMaxThreads);
     strncat(problem_, place, sizeof problem_ - strlen(problem_) - 1);
     leave();
   }
 
-  char* smem() { return smem_; }
+  char* smem() { return block_->smem; }
   size_t smem_bytes() const { return smem_bytes_; }
 
   // Address of `bytes` bytes of shared memory, which must lie inside the block's.
   char* at(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) {
-    if (address < kWindow || address - kWindow + uint64_t{bytes} > smem_bytes_)
-      fail("%s: %u bytes at shared offset %lld, but the block has %zu", what, bytes,
-           static_cast<long long>(address) - kWindow, smem_bytes_);
-    if (address % alignment != 0)
-      fail("%s: shared offset %u is not a multiple of %u", what, address - kWindow, alignment);
-    return smem_ + (address - kWindow);
+    if (address < kWindow || address - kWindow + uint64_t{bytes} > smem_bytes_ || address % alignment != 0) [[unlikely]]
+      refuse(address, bytes, alignment, what);
+    return block_->smem + (address - kWindow);
   }
 
   // The same byte as the asynchronous proxy sees it.
-  char* async_view(const char* p) { return async_smem_.data() + (p - smem_); }
-  void fence_async() { fenced_ = true; }
+  char* async_view(const char* p) { return block_->async_smem.data() + (p - block_->smem); }
+  void fence_async() { block_->fenced = true; }
+
+  int rank() const { return block_->rank; }
+  int cluster_size() const { return cluster_; }
+  uint32_t map_rank(uint32_t address, uint32_t rank) {
+    at(address, 1, 1, "map_shared_rank");
+    if (rank >= static_cast<uint32_t>(cluster_)) fail("map_shared_rank: rank %u; the cluster has %d", rank, cluster_);
+    return rank << kRankShift | kRemote | address;
+  }
+  // The block that an address of map_rank is in; the address becomes the one inside it.
+  Block& find_block(uint32_t& address, uint32_t bytes, uint32_t alignment, const char* what) {
+    const uint32_t rank = address >> kRankShift;
+    if ((address & kRemote) == 0 || rank >= static_cast<uint32_t>(cluster_))
+      fail("%s: shared address %#x is none that map_shared_rank gave", what, address);
+    address &= kRemote - 1;
+    at(address, bytes, alignment, what);
+    return running(static_cast<int>(rank), what);
+  }
+  Block& running(int rank, const char* what) {
+    Block& b = blocks_[rank];
+    if (b.live == 0) fail("%s: block %u,%u,%u has ended", what, b.index.x, b.index.y, b.index.z);
+    return b;
+  }
 
   // Lets the threads of a warp meet: the last to come calls compute(operands of all lanes) and runs on.
   template <class F>
@@ -232,76 +307,101 @@ class Engine {
     }
     w.operands[lane()] = operand;
     if (++w.arrived < w.lanes) return wait(what, 0, 0);
-    publish();
+    publish(*block_);
     compute(w.operands);
     w.arrived = 0;
     const int first = current_ / kWarp * kWarp;
     for (int i = first; i < first + w.lanes; ++i)
-      if (i != current_) wake(i);
+      if (i != current_) wake(*block_, i);
   }
 
   void meet_block(const char* what, int id, int count) {
     if (id < 0 || id >= kNamedBarriers) fail("%s: barrier %d; there are %d", what, id, kNamedBarriers);
-    if (count % kWarp != 0 && count != live_) fail("%s: %d threads are no whole number of warps", what, count);
-    Meeting& m = meetings_[id];
-    if (m.arrived != 0 && m.expected != count && !(id == 0 && count == live_))
+    if (count % kWarp != 0 && count != live()) fail("%s: %d threads are no whole number of warps", what, count);
+    Meeting& m = block_->meetings[id];
+    if (m.arrived != 0 && m.expected != count && !(id == 0 && count == live()))
       fail("%s: barrier %d is used for %d and for %d threads", what, id, m.expected, count);
     m.expected = count;
     ++m.arrived;
     if (m.arrived < m.expected) return wait(what, id, count);
     complete(id);
   }
-  int live() const { return live_; }
+  int live() const { return block_->live; }
 
-  MBarrier& mbarrier(uint32_t bar, const char* what) {
+  MBarrier& mbarrier(int rank, uint32_t bar, const char* what) {
     at(bar, 8, 8, what);
-    const auto found = mbarriers_.find(bar);
-    if (found == mbarriers_.end()) fail("%s: no barrier was set up at shared offset %u", what, bar - kWindow);
+    Block& b = blocks_[rank];
+    const auto found = b.mbarriers.find(bar);
+    if (found == b.mbarriers.end())
+      fail("%s: no barrier was set up at shared offset %u of block %u,%u,%u", what, bar - kWindow, b.index.x, b.index.y,
+           b.index.z);
     return found->second;
   }
   void init_mbarrier(uint32_t bar, uint32_t count) {
     at(bar, 8, 8, "mbarrier_init");
     if (count == 0 || count >= 1u << 20) fail("mbarrier_init: count %u", count);
-    mbarriers_[bar] = {count, count, 0, 0};
+    block_->mbarriers[bar] = {count, count, 0, 0, false};
   }
-  void arrive(uint32_t bar, int64_t arrivals, int64_t bytes) {
-    MBarrier& b = mbarrier(bar, "mbarrier_arrive");
-    publish();
+  void arrive(int rank, uint32_t bar, int64_t arrivals, int64_t bytes) {
+    MBarrier& b = mbarrier(rank, bar, "mbarrier_arrive");
+    Block& block = blocks_[rank];
+    publish(block);
     b.pending -= arrivals;
     b.bytes += bytes;
-    if (b.pending < 0) fail("mbarrier at shared offset %u: more arrivals than its count of %lld in one phase",
-                            bar - kWindow, static_cast<long long>(b.count));
+    if (b.pending < 0)
+      fail("mbarrier at shared offset %u of block %u,%u,%u: more arrivals than its count of %lld in one phase",
+           bar - kWindow, block.index.x, block.index.y, block.index.z, static_cast<long long>(b.count));
     if (b.pending != 0 || b.bytes != 0) return;
     b.pending = b.count;
     ++b.phase;
-    for (size_t i = 0; i < threads_in_block_; ++i)
+    for (int i = first_thread(block); i < end_thread(block); ++i)
       if (!threads_[i].done && threads_[i].waits_for == kMBarrierWait && threads_[i].detail[0] == bar &&
           (b.phase & 1) != threads_[i].detail[1])
-        wake(static_cast<int>(i));
+        wake(block, i);
   }
-  void wait_mbarrier(uint32_t bar, uint32_t parity) {
+  void wait_mbarrier(uint32_t bar, uint32_t parity, bool acquires_cluster) {
     if (parity > 1) fail("mbarrier_wait: parity %u", parity);
-    while ((mbarrier(bar, kMBarrierWait).phase & 1) == parity) wait(kMBarrierWait, bar, parity);
+    const MBarrier& b = mbarrier(rank(), bar, kMBarrierWait);
+    while ((b.phase & 1) == parity) wait(kMBarrierWait, bar, parity);
+    if (b.has_remote_signals && !acquires_cluster)
+      fail("mbarrier_wait: other blocks signal the barrier at shared offset %u; what they wrote takes "
+           "mbarrier_wait_cluster", bar - kWindow);
   }
 
   void start(const TensorCopy& copy) {
     if (by_chance())
-      finish_copy(copy);
+      finish(copy);
     else
-      tensor_copies_.push_back(copy);
+      tensor_copies_.push(copy);
+  }
+  void start(const Signal& signal) {
+    publish(*block_);
+    if (by_chance())
+      finish(signal);
+    else
+      (signal.stores ? stores_ : arrivals_).push(signal);
   }
 
-  void arrive_cluster() { cluster_arrivals_ += cluster_ > 1; }
+  void arrive_cluster() {
+    Thread& t = self();
+    if (t.at_cluster) fail("cluster_arrive: twice without cluster_wait");
+    t.at_cluster = true;
+    t.cluster_phase = cluster_phase_;
+    publish(*block_);
+    if (++cluster_arrived_ == cluster_live_) complete_cluster();
+  }
   void wait_cluster() {
-    if (cluster_ > 1 && blockIdx.x % static_cast<unsigned>(cluster_) == 0 &&
-        cluster_arrivals_ < static_cast<int64_t>(cluster_ - 1) * static_cast<int64_t>(threads_in_block_))
-      fail("cluster_wait: threads of the other blocks have not arrived");
+    Thread& t = self();
+    if (!t.at_cluster) fail("cluster_wait: without cluster_arrive");
+    t.at_cluster = false;
+    if (t.cluster_phase == cluster_phase_) wait(kClusterWait, 0, 0);
   }
 
   // All warps of a warpgroup must issue the same wgmma in the same order.
   void log_wgmma(uint64_t descriptor, uint64_t kind) {
     const int group = current_ / 128;
-    if (threads_in_block_ < static_cast<size_t>(group + 1) * 128) fail("wgmma: the warpgroup has fewer than 4 warps");
+    if (threads_in_block_ < current_ % kMaxThreads / 128 * 128 + 128)
+      fail("wgmma: the warpgroup has fewer than 4 warps");
     std::vector<std::array<uint64_t, 2>>& log = wgmma_logs_[group];
     const size_t i = warp().wgmma_count++;
     if (i == log.size()) log.push_back({descriptor, kind});
@@ -310,15 +410,16 @@ class Engine {
   }
 
  private:
-  static constexpr const char* kMBarrierWait = "mbarrier_wait";
+  static constexpr const char *kMBarrierWait = "mbarrier_wait", *kClusterWait = "cluster_wait";
 
   Engine() {
-    char* region = map_guarded(kSmemRegion);
-    smem_end_ = region + kSmemRegion;
-    async_smem_.resize(kSmemRegion);
-    threads_.resize(kMaxThreads);
-    warps_.resize(kMaxThreads / kWarp);
+    threads_.resize(kMaxThreads * kMaxCluster);
+    warps_.resize(threads_.size() / kWarp);
   }
+
+  // Threads of a block, as indices of threads_.
+  static int first_thread(const Block& block) { return block.rank * kMaxThreads; }
+  int end_thread(const Block& block) const { return first_thread(block) + threads_in_block_; }
 
   static char* map_guarded(size_t bytes) {
     void* p = mmap(nullptr, bytes + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -336,11 +437,12 @@ class Engine {
     return static_cast<uint32_t>(random_ >> 16);
   }
 
-  void run_blocks(const std::vector<uint64_t>& clusters, size_t smem_bytes);
-  void run_block(size_t smem_bytes);
+  void run_cluster(uint64_t first_block);
+  void start_block(int rank, uint64_t index);
   static void thread_main();
   static void on_fault(int signal, siginfo_t* info, void*);
-  void finish_copy(const TensorCopy& copy);
+  void finish(const TensorCopy& copy);
+  void finish(const Signal& signal);
 
   [[gnu::noinline]] void wait(const char* what, uint32_t x, uint32_t y) {
     Thread& t = self();
@@ -350,93 +452,144 @@ class Engine {
     go_on();
   }
 
-  void wake(int i) {
+  void wake(Block& block, int i) {
     threads_[i].waits_for = nullptr;
-    ready_.push_back(i);
+    block.ready.push(i);
   }
 
   void complete(int id) {
-    publish();
-    meetings_[id].arrived = 0;
-    for (size_t i = 0; i < threads_in_block_; ++i) {
+    publish(*block_);
+    block_->meetings[id].arrived = 0;
+    for (int i = first_thread(*block_); i < end_thread(*block_); ++i) {
       Thread& t = threads_[i];
       const bool here = t.waits_for == kSyncThreads    ? id == 0
                         : t.waits_for == kNamedBarrier ? t.detail[0] == static_cast<uint32_t>(id)
                                                        : false;
-      if (!t.done && here && static_cast<int>(i) != current_) wake(static_cast<int>(i));
+      if (!t.done && here && i != current_) wake(*block_, i);
     }
+  }
+
+  void complete_cluster() {
+    cluster_arrived_ = 0;
+    ++cluster_phase_;
+    for (int rank = 0; rank < cluster_; ++rank)
+      for (int i = first_thread(blocks_[rank]); i < end_thread(blocks_[rank]); ++i)
+        if (!threads_[i].done && threads_[i].waits_for == kClusterWait) wake(blocks_[rank], i);
   }
 
   // A fence takes effect at the next point where other threads can learn of it. It publishes what the others wrote,
   // too: who forgets the fence while another thread does not is not found.
-  void publish() {
-    if (!fenced_) return;
-    fenced_ = false;
-    memcpy(async_smem_.data(), smem_, smem_bytes_);
+  void publish(Block& block) {
+    if (!block.fenced) return;
+    block.fenced = false;
+    memcpy(block.async_smem.data(), block.smem, smem_bytes_);
   }
 
-  // Switches from this thread, which has to wait or is done, to one that can run.
+  // Switches from this thread, which has to wait or is done, to one that can run; to one of another block only where
+  // this block has none, so that one is ahead of the others, or at random times with a seed.
   [[gnu::noinline]] void go_on() {
-    if (seed_ != 0 && !tensor_copies_.empty() && random() % 8 == 0) finish_some_copy();
-    while (ready_first_ == ready_.size() && !tensor_copies_.empty()) finish_some_copy();
-    if (ready_first_ == ready_.size()) {
-      if (live_ == 0) leave();
-      describe_deadlock();
+    if (seed_ != 0 && under_way() != 0 && random() % 8 == 0) finish_something();
+    Block* block = block_;
+    if (seed_ != 0 && cluster_ > 1 && random() % 64 == 0) block = &blocks_[random() % static_cast<uint32_t>(cluster_)];
+    if (block->ready.empty()) block = find_ready(block->rank);
+    if (block == nullptr) {
+      if (cluster_live_ != 0) describe_deadlock();
       leave();
     }
-    if (seed_ != 0) std::swap(ready_[ready_first_], ready_[ready_first_ + random() % (ready_.size() - ready_first_)]);
-    const int next = ready_[ready_first_++];
-    if (ready_first_ == ready_.size()) {
-      ready_.clear();
-      ready_first_ = 0;
-    } else if (ready_first_ > kMaxThreads) {
-      ready_.erase(ready_.begin(), ready_.begin() + static_cast<ptrdiff_t>(ready_first_));
-      ready_first_ = 0;
-    }
+    const int next = block->ready.take(seed_ == 0 ? 0 : random() % block->ready.size());
     const int before = current_;
     if (next == before) return;
-    current_ = next;
-    threadIdx.x = static_cast<unsigned>(next);
+    enter(*block, next);
     switch_context(&threads_[before].context, threads_[next].context);
   }
 
-  void finish_some_copy() {
-    const size_t i = seed_ == 0 ? 0 : random() % tensor_copies_.size();
-    const TensorCopy copy = tensor_copies_[i];
-    tensor_copies_.erase(tensor_copies_.begin() + static_cast<ptrdiff_t>(i));
-    finish_copy(copy);
+  void enter(Block& block, int thread) {
+    current_ = thread;
+    threadIdx.x = static_cast<unsigned>(thread % kMaxThreads);
+    if (&block == block_) return;
+    block_ = &block;
+    blockIdx = block.index;
   }
 
-  void describe_deadlock() {
-    size_t used = static_cast<size_t>(snprintf(problem_, sizeof problem_, "deadlock in block %u,%u,%u:", blockIdx.x,
-                                               blockIdx.y, blockIdx.z));
-    for (size_t first = 0, i = 0; i < threads_in_block_ && used < sizeof problem_; i = first) {
-      const Thread& t = threads_[i];
-      for (first = i + 1; first < threads_in_block_; ++first) {
-        const Thread& u = threads_[first];
-        if (u.done != t.done || u.waits_for != t.waits_for || u.detail[0] != t.detail[0] || u.detail[1] != t.detail[1])
-          break;
-      }
-      if (t.done) continue;
-      char what[160];
-      if (t.waits_for == kMBarrierWait) {
-        const MBarrier& b = mbarriers_[t.detail[0]];
-        snprintf(what, sizeof what,
-                 "parity %u of mbarrier at shared offset %u (phase %u; %lld arrivals, %lld bytes short)", t.detail[1],
-                 t.detail[0] - kWindow, b.phase, static_cast<long long>(b.pending),
-                 static_cast<long long>(b.bytes));
-      } else if (t.waits_for == kSyncThreads || t.waits_for == kNamedBarrier) {
-        snprintf(what, sizeof what, "%s %u, %d of %d threads there", t.waits_for, t.detail[0],
-                 meetings_[t.detail[0]].arrived, meetings_[t.detail[0]].expected);
-      } else {
-        snprintf(what, sizeof what, "%s with its warp", t.waits_for);
-      }
-      used += static_cast<size_t>(
-          snprintf(problem_ + used, sizeof problem_ - used, "\n  threads %zu-%zu wait for %s", i, first - 1, what));
+  // The next block, from that of the rank on, with a thread that can run; null if none will ever.
+  Block* find_ready(int rank) {
+    for (;;) {
+      for (int i = 0; i < cluster_; ++i)
+        if (Block& block = blocks_[(rank + i) % cluster_]; !block.ready.empty()) return &block;
+      if (under_way() == 0) return nullptr;
+      finish_something();
     }
   }
 
-  // Back to run_block, for good.
+  size_t under_way() const { return arrivals_.size() + tensor_copies_.size() + stores_.size(); }
+
+  // Without a seed arrivals come first: who takes one for a sign that a store has come as well is found.
+  void finish_something() {
+    size_t i = seed_ == 0 ? 0 : random() % under_way();
+    if (i < arrivals_.size()) return finish(arrivals_.take(i));
+    i -= arrivals_.size();
+    if (i < tensor_copies_.size()) return finish(tensor_copies_.take(i));
+    finish(stores_.take(i - tensor_copies_.size()));
+  }
+
+  // The last thread of the running block has ended.
+  void end_block() {
+    const auto coming = [this](const auto& queue) {
+      return std::count_if(queue.begin(), queue.end(), [this](const auto& x) { return x.rank == rank(); });
+    };
+    const ptrdiff_t copies = coming(tensor_copies_), stores = coming(stores_), arrivals = coming(arrivals_);
+    if (copies + stores + arrivals != 0)
+      fail("the block ends with %td copies, %td stores and %td arrivals to its shared memory under way", copies, stores,
+           arrivals);
+  }
+
+  void describe_deadlock() {
+    size_t used = 0;
+    const auto add = [&](const char* format, auto... arguments) {
+      if (used < sizeof problem_)
+        used += static_cast<size_t>(snprintf(problem_ + used, sizeof problem_ - used, format, arguments...));
+    };
+    for (int rank = 0; rank < cluster_; ++rank) {
+      Block& block = blocks_[rank];
+      if (block.live == 0) continue;
+      add("%sin block %u,%u,%u:", used == 0 ? "deadlock " : "\n", block.index.x, block.index.y, block.index.z);
+      for (int first = first_thread(block), i = first; i < end_thread(block); i = first) {
+        const Thread& t = threads_[i];
+        for (first = i + 1; first < end_thread(block); ++first) {
+          const Thread& u = threads_[first];
+          if (u.done != t.done || u.waits_for != t.waits_for || u.detail[0] != t.detail[0] ||
+              u.detail[1] != t.detail[1])
+            break;
+        }
+        if (t.done) continue;
+        add("\n  threads %d-%d wait for ", i % kMaxThreads, (first - 1) % kMaxThreads);
+        if (t.waits_for == kMBarrierWait) {
+          const MBarrier& b = block.mbarriers[t.detail[0]];
+          add("parity %u of mbarrier at shared offset %u (phase %u; %lld arrivals, %lld bytes short)", t.detail[1],
+              t.detail[0] - kWindow, b.phase, static_cast<long long>(b.pending), static_cast<long long>(b.bytes));
+        } else if (t.waits_for == kSyncThreads || t.waits_for == kNamedBarrier) {
+          const Meeting& m = block.meetings[t.detail[0]];
+          add("%s %u, %d of %d threads there", t.waits_for, t.detail[0], m.arrived, m.expected);
+        } else if (t.waits_for == kClusterWait) {
+          add("%s, %d of %d threads of the cluster there", t.waits_for, cluster_arrived_, cluster_live_);
+        } else {
+          add("%s with its warp", t.waits_for);
+        }
+      }
+    }
+  }
+
+  [[noreturn, gnu::noinline]] void refuse(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) {
+    if ((address & kRemote) != 0)
+      fail("%s: the shared address is one that map_shared_rank gave for rank %u; it takes one of this block", what,
+           address >> kRankShift);
+    if (address < kWindow || address - kWindow + uint64_t{bytes} > smem_bytes_)
+      fail("%s: %u bytes at shared offset %lld, but the block has %zu", what, bytes,
+           static_cast<long long>(address) - kWindow, smem_bytes_);
+    fail("%s: shared offset %u is not a multiple of %u", what, address - kWindow, alignment);
+  }
+
+  // Back to run_cluster, for good.
   [[noreturn]] void leave() {
     Context dropped{};
     switch_context(&dropped, main_);
@@ -447,21 +600,19 @@ class Engine {
   static constexpr const char *kSyncThreads = "__syncthreads", *kNamedBarrier = "named_barrier_sync";
 
  private:
-  std::vector<Thread> threads_;
+  std::vector<Thread> threads_;  // kMaxThreads places for each rank; so also the warps
   std::vector<Warp> warps_;
-  std::vector<int> ready_;
-  size_t ready_first_ = 0, threads_in_block_ = 0, smem_bytes_ = 0;
-  int current_ = 0, live_ = 0, seed_ = 0, cluster_ = 1;
-  int64_t cluster_arrivals_ = 0;
+  std::array<Block, kMaxCluster> blocks_;  // by rank
+  Block* block_ = nullptr;                 // the running one
+  size_t smem_bytes_ = 0;
+  int current_ = 0, threads_in_block_ = 0, seed_ = 0, cluster_ = 1;
+  int cluster_live_ = 0, cluster_arrived_ = 0;  // threads
+  uint32_t cluster_phase_ = 0;
   uint64_t random_ = 1;
   Context main_{};
   std::function<void()> body_;
-  char *smem_ = nullptr, *smem_end_ = nullptr;
-  std::vector<char> async_smem_;
-  bool fenced_ = false;
-  Meeting meetings_[kNamedBarriers];
-  std::map<uint32_t, MBarrier> mbarriers_;
-  std::vector<TensorCopy> tensor_copies_;
+  Queue<TensorCopy> tensor_copies_;
+  Queue<Signal> stores_, arrivals_;
   std::map<int, std::vector<std::array<uint64_t, 2>>> wgmma_logs_;
   char problem_[1900] = "";
   sigjmp_buf escape_;
@@ -475,88 +626,98 @@ inline void Engine::thread_main() {
   Warp& w = engine.warp();
   if (!w.wgmmas.empty() || !w.wgmma_groups.empty()) engine.fail("a warp ends before its wgmma are waited for");
   t.done = true;
-  --engine.live_;
+  Block& block = *engine.block_;
+  --block.live;
   // A thread that is gone counts as arrived, as on the GPU.
-  Meeting& m = engine.meetings_[0];
-  if (m.arrived != 0 && m.arrived == engine.live_) engine.complete(0);
+  Meeting& m = block.meetings[0];
+  if (m.arrived != 0 && m.arrived == block.live) engine.complete(0);
+  --engine.cluster_live_;
+  engine.cluster_arrived_ -= t.at_cluster && t.cluster_phase == engine.cluster_phase_;
+  if (engine.cluster_arrived_ != 0 && engine.cluster_arrived_ == engine.cluster_live_) engine.complete_cluster();
+  if (block.live == 0) engine.end_block();
   engine.go_on();
 }
 
-inline void Engine::run_block(size_t smem_bytes) {
-  smem_bytes_ = smem_bytes;
-  smem_ = smem_end_ - (smem_bytes + 1023) / 1024 * 1024;
-  memset(smem_, 0xff, static_cast<size_t>(smem_end_ - smem_));
-  memset(async_smem_.data(), 0xff, smem_bytes);
-  fenced_ = false;
-  std::fill(std::begin(meetings_), std::end(meetings_), Meeting());
-  mbarriers_.clear();
-  tensor_copies_.clear();
-  wgmma_logs_.clear();
-  ready_.clear();
-  ready_first_ = 0;
-  live_ = static_cast<int>(threads_in_block_);
-  for (size_t i = 0; i < threads_in_block_; ++i) {
+inline void Engine::start_block(int rank, uint64_t index) {
+  Block& b = blocks_[rank];
+  if (b.smem_end == nullptr) {
+    b.smem_end = map_guarded(kSmemRegion) + kSmemRegion;
+    b.async_smem.resize(kSmemRegion);
+  }
+  b.rank = rank;
+  b.index = {static_cast<unsigned>(index % gridDim.x), static_cast<unsigned>(index / gridDim.x % gridDim.y),
+             static_cast<unsigned>(index / gridDim.x / gridDim.y)};
+  b.smem = b.smem_end - (smem_bytes_ + 1023) / 1024 * 1024;
+  memset(b.smem, 0xff, static_cast<size_t>(b.smem_end - b.smem));
+  memset(b.async_smem.data(), 0xff, smem_bytes_);
+  b.fenced = false;
+  std::fill(std::begin(b.meetings), std::end(b.meetings), Meeting());
+  b.mbarriers.clear();
+  b.ready.clear();
+  b.live = threads_in_block_;
+  const int first = first_thread(b);
+  for (int i = first; i < end_thread(b); ++i) {
     Thread& t = threads_[i];
     if (t.stack == nullptr) t.stack = map_guarded(kStackBytes);
     char* stack = t.stack;
     t = Thread();
     t.stack = stack;
     t.context = new_context(stack + kStackBytes, &thread_main);
-    if (i != 0) ready_.push_back(static_cast<int>(i));
+    b.ready.push(i);
   }
-  for (size_t first = 0; first < threads_in_block_; first += kWarp) {
-    warps_[first / kWarp] = Warp();
-    warps_[first / kWarp].lanes = static_cast<int>(std::min<size_t>(kWarp, threads_in_block_ - first));
+  for (int i = 0; i < threads_in_block_; i += kWarp) {
+    Warp& w = warps_[(first + i) / kWarp];
+    w = Warp();
+    w.lanes = std::min(kWarp, threads_in_block_ - i);
   }
-  current_ = 0;
+}
+
+inline void Engine::run_cluster(uint64_t first_block) {
+  tensor_copies_.clear();
+  stores_.clear();
+  arrivals_.clear();
+  wgmma_logs_.clear();
+  cluster_live_ = cluster_ * threads_in_block_;
+  cluster_arrived_ = 0;
+  cluster_phase_ = 0;
+  for (int rank = 0; rank < cluster_; ++rank) start_block(rank, first_block + static_cast<uint64_t>(rank));
+  block_ = nullptr;
   threadIdx = {0, 0, 0};
-  switch_context(&main_, threads_[0].context);
-  if (problem_[0] != '\0') return;
-  for (const char* p = smem_ + smem_bytes; p != smem_end_; ++p)
-    if (*p != '\xff') {
-      snprintf(problem_, sizeof problem_, "block %u,%u,%u wrote shared offset %td, but has %zu bytes", blockIdx.x,
-               blockIdx.y, blockIdx.z, p - smem_, smem_bytes);
-      return;
-    }
-  if (!tensor_copies_.empty())
-    snprintf(problem_, sizeof problem_, "block %u,%u,%u ends with %zu copies to its shared memory under way",
-             blockIdx.x, blockIdx.y, blockIdx.z, tensor_copies_.size());
+  Block& first = blocks_[seed_ != 0 && cluster_ > 1 ? random() % static_cast<uint32_t>(cluster_) : 0];
+  enter(first, first.ready.take(0));
+  switch_context(&main_, threads_[current_].context);
+  for (int rank = 0; rank < cluster_ && problem_[0] == '\0'; ++rank) {
+    const Block& b = blocks_[rank];
+    for (const char* p = b.smem + smem_bytes_; p != b.smem_end; ++p)
+      if (*p != '\xff') {
+        snprintf(problem_, sizeof problem_, "block %u,%u,%u wrote shared offset %td, but has %zu bytes", b.index.x,
+                 b.index.y, b.index.z, p - b.smem, smem_bytes_);
+        break;
+      }
+  }
 }
 
 inline void Engine::on_fault(int, siginfo_t* info, void*) {
   Engine& engine = get();
   const char* address = static_cast<const char*>(info->si_addr);
-  const char* const start = engine.smem_end_ - kSmemRegion;
-  if (address >= start - kGuard && address < engine.smem_end_ + kGuard)
-    snprintf(engine.problem_, sizeof engine.problem_,
-             "access to shared offset %td of %zu bytes [block %u,%u,%u thread %d]", address - engine.smem_,
-             engine.smem_bytes_, blockIdx.x, blockIdx.y, blockIdx.z, engine.current_);
-  else
-    snprintf(engine.problem_, sizeof engine.problem_,
-             "access to address %p, which is not mapped [block %u,%u,%u thread %d]", info->si_addr, blockIdx.x,
-             blockIdx.y, blockIdx.z, engine.current_);
-  siglongjmp(engine.escape_, 1);
-}
-
-inline void Engine::run_blocks(const std::vector<uint64_t>& clusters, size_t smem_bytes) {
-  const uint64_t size = static_cast<uint64_t>(cluster_);
-  for (const uint64_t cluster : clusters) {
-    cluster_arrivals_ = 0;
-    for (uint64_t block = (cluster + 1) * size; block-- > cluster * size;) {
-      blockIdx.x = static_cast<unsigned>(block % gridDim.x);
-      blockIdx.y = static_cast<unsigned>(block / gridDim.x % gridDim.y);
-      blockIdx.z = static_cast<unsigned>(block / gridDim.x / gridDim.y);
-      run_block(smem_bytes);
-      if (problem_[0] != '\0') return;
-    }
+  char what[64];
+  snprintf(what, sizeof what, "address %p, which is not mapped", info->si_addr);
+  for (int rank = 0; rank < engine.cluster_; ++rank) {
+    const Block& b = engine.blocks_[rank];
+    if (address >= b.smem_end - kSmemRegion - kGuard && address < b.smem_end + kGuard)
+      snprintf(what, sizeof what, "shared offset %td of %zu bytes", address - b.smem, engine.smem_bytes_);
   }
+  snprintf(engine.problem_, sizeof engine.problem_, "access to %s [block %u,%u,%u thread %d]", what, blockIdx.x,
+           blockIdx.y, blockIdx.z, engine.current_ % kMaxThreads);
+  siglongjmp(engine.escape_, 1);
 }
 
 inline const char* Engine::run(dim3 grid, int cluster, int threads, size_t smem_bytes, std::function<void()> body) {
   problem_[0] = '\0';
   const size_t limit = smem_limit(setting("HF_LINATTN_EMULATED_CAPABILITY", 90));
   if (threads < 1 || threads > kMaxThreads || smem_bytes > limit || grid.x < 1 || grid.y < 1 || grid.z < 1 ||
-      grid.y > 65535 || grid.z > 65535 || cluster < 1 || cluster > 8 || grid.x % static_cast<unsigned>(cluster) != 0) {
+      grid.y > 65535 || grid.z > 65535 || cluster < 1 || cluster > kMaxCluster ||
+      grid.x % static_cast<unsigned>(cluster) != 0) {
     snprintf(problem_, sizeof problem_,
              "launch of %u x %u x %u blocks (clusters of %d) of %d threads with %zu bytes of shared memory: invalid "
              "(%zu bytes at most)",
@@ -566,7 +727,8 @@ inline const char* Engine::run(dim3 grid, int cluster, int threads, size_t smem_
   body_ = std::move(body);
   gridDim = grid;
   blockDim = dim3(static_cast<unsigned>(threads));
-  threads_in_block_ = static_cast<size_t>(threads);
+  threads_in_block_ = threads;
+  smem_bytes_ = smem_bytes;
   seed_ = setting("HF_LINATTN_EMULATED_SEED", 0);
   random_ = 0x9e3779b97f4a7c15ull * static_cast<uint64_t>(seed_ + 1);
   cluster_ = cluster;
@@ -586,7 +748,9 @@ inline const char* Engine::run(dim3 grid, int cluster, int threads, size_t smem_
   sigaltstack(&alternative, &old_stack);
   sigaction(SIGSEGV, &action, &old_segv);
   sigaction(SIGBUS, &action, &old_bus);
-  if (sigsetjmp(escape_, 1) == 0) run_blocks(clusters, smem_bytes);
+  if (sigsetjmp(escape_, 1) == 0)
+    for (size_t i = 0; i < clusters.size() && problem_[0] == '\0'; ++i)
+      run_cluster(clusters[i] * static_cast<uint64_t>(cluster));
   sigaction(SIGSEGV, &old_segv, nullptr);
   sigaction(SIGBUS, &old_bus, nullptr);
   sigaltstack(&old_stack, nullptr);
@@ -601,7 +765,8 @@ inline const char* run_kernel(dim3 grid, int cluster, int threads, size_t smem_b
 // 128-byte swizzle: bits 4-6 of the address are xored with bits 7-9.
 inline uint32_t swizzle(uint32_t address) { return address ^ ((address >> 7 & 7) * kSwizzleChunk); }
 
-inline void Engine::finish_copy(const TensorCopy& copy) {
+inline void Engine::finish(const TensorCopy& copy) {
+  Block& block = blocks_[copy.rank];
   const CUtensorMap& map = copy.map;
   const int64_t* at = copy.at;
   for (int row = 0; row < map.box_tokens; ++row) {
@@ -611,15 +776,25 @@ inline void Engine::finish_copy(const TensorCopy& copy) {
     const char* source = map.base + at[1] * map.strides[0] + token * map.strides[1] + at[3] * map.strides[2];
     for (uint32_t byte = 0; byte < kRowBytes; byte += static_cast<uint32_t>(map.element_bytes)) {
       const int64_t column = at[0] + byte / map.element_bytes;
-      char* target = smem_ + (swizzle(copy.smem + static_cast<uint32_t>(row) * kRowBytes + byte) - kWindow);
+      const uint32_t offset = swizzle(copy.smem + static_cast<uint32_t>(row) * kRowBytes + byte) - kWindow;
+      char* target = block.smem + offset;
       if (inside && column >= 0 && column < map.dims[0])
         memcpy(target, source + column * map.element_bytes, static_cast<size_t>(map.element_bytes));
       else
         memset(target, 0, static_cast<size_t>(map.element_bytes));
-      memcpy(async_view(target), target, static_cast<size_t>(map.element_bytes));
+      memcpy(block.async_smem.data() + offset, target, static_cast<size_t>(map.element_bytes));
     }
   }
-  arrive(copy.bar, 0, -static_cast<int64_t>(map.box_tokens) * kRowBytes);
+  arrive(copy.rank, copy.bar, 0, -static_cast<int64_t>(map.box_tokens) * kRowBytes);
+}
+
+// The asynchronous proxy sees the store only after a later fence_proxy_async of the block that it goes to.
+inline void Engine::finish(const Signal& signal) {
+  Block& block = blocks_[signal.rank];
+  publish(block);
+  if (signal.stores) memcpy(block.smem + (signal.smem - kWindow), &signal.value, sizeof signal.value);
+  mbarrier(signal.rank, signal.bar, "mbarrier_arrive").has_remote_signals |= signal.from_other_block;
+  arrive(signal.rank, signal.bar, signal.stores ? 0 : 1, signal.stores ? -int64_t{sizeof signal.value} : 0);
 }
 
 inline float bf16_to_float(uint16_t bits) {
@@ -870,16 +1045,47 @@ inline void named_barrier_sync(int id, int threads) { Engine::get().meet_block(E
 
 inline void mbarrier_init(uint32_t bar, uint32_t count) { Engine::get().init_mbarrier(bar, count); }
 inline void mbarrier_init_fence() {}
-inline void mbarrier_arrive(uint32_t bar) { Engine::get().arrive(bar, 1, 0); }
-inline void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) { Engine::get().arrive(bar, 1, bytes); }
-inline void mbarrier_wait(uint32_t bar, uint32_t parity) { Engine::get().wait_mbarrier(bar, parity); }
+inline void mbarrier_arrive(uint32_t bar) { Engine::get().arrive(Engine::get().rank(), bar, 1, 0); }
+inline void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
+  Engine::get().arrive(Engine::get().rank(), bar, 1, bytes);
+}
+inline void mbarrier_wait(uint32_t bar, uint32_t parity) { Engine::get().wait_mbarrier(bar, parity, false); }
+inline void mbarrier_wait_cluster(uint32_t bar, uint32_t parity) { Engine::get().wait_mbarrier(bar, parity, true); }
+
+inline uint32_t cluster_rank() { return static_cast<uint32_t>(Engine::get().rank()); }
+inline uint32_t map_shared_rank(uint32_t address, uint32_t rank) { return Engine::get().map_rank(address, rank); }
+
+inline void mbarrier_arrive_remote(uint32_t remote_bar) {
+  Engine& engine = Engine::get();
+  const int rank = engine.find_block(remote_bar, 8, 8, "mbarrier_arrive_remote").rank;
+  engine.mbarrier(rank, remote_bar, "mbarrier_arrive_remote");
+  engine.start({rank, false, rank != engine.rank(), remote_bar, 0, 0});
+}
+
+inline void st_async(uint32_t remote_address, float value, uint32_t remote_bar) {
+  Engine& engine = Engine::get();
+  const int rank = engine.find_block(remote_address, 4, 4, "st_async").rank;
+  if (engine.find_block(remote_bar, 8, 8, "st_async").rank != rank)
+    engine.fail("st_async: the address and the mbarrier are in different blocks");
+  engine.mbarrier(rank, remote_bar, "st_async");
+  engine.start({rank, true, rank != engine.rank(), remote_bar, remote_address, value});
+}
 
 inline void prefetch_tensor_map(const CUtensorMap*) {}
-inline void tma_load_4d(uint32_t smem, const CUtensorMap* map, uint32_t bar, int c0, int c1, int c2, int c3) {
+inline void tma_load_4d_multicast(uint32_t smem, const CUtensorMap* map, uint32_t bar, int c0, int c1, int c2, int c3,
+                                  uint16_t mask) {
   Engine& engine = Engine::get();
+  if (mask == 0 || mask >> engine.cluster_size() != 0)
+    engine.fail("tma_load_4d: mask %#x; the cluster has %d blocks", mask, engine.cluster_size());
   engine.at(smem, static_cast<uint32_t>(map->box_tokens) * emulation::kRowBytes, emulation::kRowBytes, "tma_load_4d");
-  engine.mbarrier(bar, "tma_load_4d");
-  engine.start({*map, smem, bar, {c0, c1, c2, c3}});
+  for (int rank = 0; rank < engine.cluster_size(); ++rank) {
+    if ((mask >> rank & 1) == 0) continue;
+    engine.mbarrier(engine.running(rank, "tma_load_4d").rank, bar, "tma_load_4d");
+    engine.start({*map, rank, smem, bar, {c0, c1, c2, c3}});
+  }
+}
+inline void tma_load_4d(uint32_t smem, const CUtensorMap* map, uint32_t bar, int c0, int c1, int c2, int c3) {
+  tma_load_4d_multicast(smem, map, bar, c0, c1, c2, c3, static_cast<uint16_t>(1 << cluster_rank()));
 }
 
 inline void fence_proxy_async() { Engine::get().fence_async(); }
@@ -894,7 +1100,8 @@ inline void wgmma_fence() { Engine::get().self().wgmma_fenced = true; }
 
 template <class T, int N, bool kTransB>
 void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, bool accumulate) {
-  static_assert(N == 8 || N == 16 || N == 32 || N == 40 || N == 64 || N == 128, "no operand list for this N");
+  static_assert(N == 8 || N == 16 || N == 24 || N == 32 || N == 40 || N == 48 || N == 64 || N == 96 || N == 128,
+                "no operand list for this N");
   Engine& engine = Engine::get();
   if (!engine.self().wgmma_fenced) engine.fail("wgmma: no wgmma_fence since the last wgmma_commit or wgmma_wait");
   if (desc_b >> 62 != 1 || (desc_b >> 49 & 7) != 0) engine.fail("wgmma: descriptor %#llx", (unsigned long long)desc_b);

@@ -52,7 +52,6 @@ typedef struct {
 typedef struct {
   hf_linattn_tensor o, d_o;       // [B,T,H,V]: output of the forward, its gradient
   const float* den;               // [B,H,T] of the forward; null without normalize
-  const uint8_t* residual;        // of the forward; null: o alone stands for the exact output
   hf_linattn_state d_final, final_state;  // gradient of the final state (or all null); the state itself, for dg only
   hf_linattn_tensor dq, dk, dv;   // as q, k, v
   float* dg;                      // [B,T,H_kv] contiguous, or null
@@ -74,15 +73,10 @@ typedef struct {
 
 // Bytes of device workspace (256-byte aligned) that the call needs; 0 is possible.
 size_t hf_linattn_forward_workspace(const hf_linattn_problem* problem);
-size_t hf_linattn_backward_workspace(const hf_linattn_problem* problem);
+size_t hf_linattn_backward_workspace(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients);
 
-// Bytes of `residual`: eight more bits of every element of a bfloat16 o, for a backward with normalize. dq is a small
-// difference of terms as large as do . o, to which the rounding of o alone would add tens of percent. 0: not needed.
-size_t hf_linattn_residual_bytes(const hf_linattn_problem* problem);
-
-// Writes o, den [B,H,T] (null without normalize), residual (null: not wanted) and, where its members are not null, the
-// final state.
-int hf_linattn_forward(const hf_linattn_problem* problem, const hf_linattn_tensor* o, float* den, uint8_t* residual,
+// Writes o, den [B,H,T] (null without normalize) and, where its members are not null, the final state.
+int hf_linattn_forward(const hf_linattn_problem* problem, const hf_linattn_tensor* o, float* den,
                        const hf_linattn_state* final_state, void* workspace, void* stream);
 int hf_linattn_backward(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients, void* workspace,
                         void* stream);

@@ -1,7 +1,7 @@
 // Forward and backward of linear attention as a sequence of scans (scan.h), and the C interface to them.
 //
 //   forward    [state, prefix]  output
-//   backward   row products  [state, prefix]  dq   [state of the gradient, prefix from the end]  dk  dv  [dg]
+//   backward   [state, prefix]  dq and do.o   [state of the gradient, prefix from the end]  dk  dv  [dg]
 //
 // The bracketed state passes run when sequences are cut into segments, and always when not causal (then a sum takes the
 // place of the prefix). Scans of one call share their workspace; the stream orders them.
@@ -89,13 +89,19 @@ ScanArgs common_args(const hf_linattn_problem& problem) {
   return args;
 }
 
+// Which kernels run a scan.
+int chosen_path(const hf_linattn_problem& problem, ScanKind kind, const ScanArgs& args) {
+  if (problem.path != HF_LINATTN_PATH_AUTO) return problem.path;
+  const bool is_hopper = args.tokens > 0 && check_scan_sm90(kind, problem.dtype, args) == 0;
+  return is_hopper ? HF_LINATTN_PATH_SM90 : HF_LINATTN_PATH_SM80;
+}
+
 int run_scan(const hf_linattn_problem& problem, ScanKind kind, const ScanArgs& args, void* stream) {
-  if (problem.path != HF_LINATTN_PATH_SM80) {
-    const int refusal = args.tokens == 0 ? 1 : check_scan_sm90(kind, problem.dtype, args);
-    if (refusal == 0) return run_scan_sm90(kind, problem.causal, args, stream);
-    if (problem.path == HF_LINATTN_PATH_SM90) return refusal;
+  if (chosen_path(problem, kind, args) == HF_LINATTN_PATH_SM80) {
+    return run_scan_sm80(kind, problem.causal, problem.dtype, args, stream);
   }
-  return run_scan_sm80(kind, problem.causal, problem.dtype, args, stream);
+  if (int refusal = check_scan_sm90(kind, problem.dtype, args)) return refusal;
+  return run_scan_sm90(kind, problem.causal, args, stream);
 }
 
 // Readies args for a scan over `heads` heads and `columns` columns: cuts sequences into segments and finds the state each
@@ -139,14 +145,13 @@ bool is_empty(const hf_linattn_problem& problem) {
   return problem.num_sequences == 0 || problem.num_heads == 0 || problem.feature_dim == 0 || problem.value_dim == 0;
 }
 
-int forward(const hf_linattn_problem& problem, const hf_linattn_tensor& o, float* den, uint8_t* residual,
+int forward(const hf_linattn_problem& problem, const hf_linattn_tensor& o, float* den,
             const hf_linattn_state* final_state, Workspace& workspace, bool only_count, void* stream) {
   if (is_empty(problem)) return 0;
   ScanArgs args = forward_state_args(problem);
   args.x = rows_of(problem.q, problem.feature_dim);
   args.out = rows_of(o, problem.value_dim);
   args.den = den;
-  args.residual = residual;
   args.first = problem.initial_state;
   if (final_state != nullptr) args.last = *final_state;
   if (int error = prepare_states(problem, ScanKind::kState, forward_state_args(problem), problem.value_dim, workspace,
@@ -161,19 +166,19 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   if (is_empty(problem)) return 0;
   const int features = problem.feature_dim, values = problem.value_dim;
   const int64_t rows = int64_t{problem.batch} * problem.num_heads * problem.tokens;
-  float* along = problem.normalize || gradients.dg != nullptr ? workspace.floats(rows) : nullptr;
+  const bool with_along = problem.normalize || gradients.dg != nullptr;
+  float* along = with_along ? workspace.floats(rows) : nullptr;
   float* extra_out = gradients.dg == nullptr
                          ? nullptr
-                         : workspace.floats(residual_units(values) * int64_t{problem.batch} *
+                         : workspace.floats(column_units(values) * int64_t{problem.batch} *
                                                   problem.num_kv_heads * problem.tokens);
   const Rows d_o = rows_of(gradients.d_o, values);
 
   ScanArgs query = common_args(problem);
   query.den = const_cast<float*>(gradients.den);
   query.along = along;
-  query.residual = const_cast<uint8_t*>(gradients.residual);
   query.x = d_o;
-  query.o = rows_of(gradients.o, values);
+  query.other = rows_of(problem.q, features);
   query.y = rows_of(problem.v, values);
   query.z = rows_of(problem.k, features);
   query.out = rows_of(gradients.dq, features);
@@ -183,10 +188,19 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
                                  nullptr, only_count, query, stream)) {
     return error;
   }
-  if (!only_count) {
-    if (along != nullptr) {
-      if (int error = run_row_products(problem.dtype, query, stream)) return error;
+  // The portable kernels find do.o in a run of their own.
+  if (with_along && chosen_path(problem, ScanKind::kQueryGrad, query) == HF_LINATTN_PATH_SM80) {
+    ScanArgs products = query;
+    products.along = nullptr;
+    products.out = {};
+    products.extra_out = forward_states.floats(column_units(features) * rows);
+    if (!only_count) {
+      if (int error = run_scan(problem, ScanKind::kQueryGrad, products, stream)) return error;
+      products.along = along;
+      if (int error = run_along(products, stream)) return error;
     }
+  }
+  if (!only_count) {
     if (int error = run_scan(problem, ScanKind::kQueryGrad, query, stream)) return error;
   }
 
@@ -215,7 +229,7 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   value.out = rows_of(gradients.dv, values);
   value.last = gradients.d_initial;
   value.extra_out = extra_out;
-  value.o = rows_of(problem.v, values);
+  value.other = rows_of(problem.v, values);
   if (int error = run_scan(problem, ScanKind::kKeyGrad, key, stream)) return error;
   if (int error = run_scan(problem, ScanKind::kValueGrad, value, stream)) return error;
   return gradients.dg == nullptr ? 0 : run_decay_gradient(&problem, &gradients, extra_out, along, stream);
@@ -232,29 +246,20 @@ extern "C" {
 size_t hf_linattn_forward_workspace(const hf_linattn_problem* problem) {
   Workspace workspace(nullptr);
   const hf_linattn_tensor none = {};
-  forward(*problem, none, nullptr, nullptr, nullptr, workspace, /*only_count=*/true, nullptr);
+  forward(*problem, none, nullptr, nullptr, workspace, /*only_count=*/true, nullptr);
   return workspace.used();
 }
 
-size_t hf_linattn_backward_workspace(const hf_linattn_problem* problem) {
+size_t hf_linattn_backward_workspace(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients) {
   Workspace workspace(nullptr);
-  hf_linattn_gradients gradients = {};
-  gradients.dg = problem->g == nullptr ? nullptr : reinterpret_cast<float*>(kAlignment);  // wanted, as far as space goes
-  backward(*problem, gradients, workspace, /*only_count=*/true, nullptr);
+  backward(*problem, *gradients, workspace, /*only_count=*/true, nullptr);
   return workspace.used();
 }
 
-size_t hf_linattn_residual_bytes(const hf_linattn_problem* problem) {
-  if (problem->dtype != HF_LINATTN_BF16 || !problem->normalize) return 0;
-  const int64_t chunks = problem->cu_seqlens == nullptr ? problem->batch * ceil_div(problem->tokens, kChunk)
-                                                        : problem->tokens / kChunk + problem->num_sequences;
-  return static_cast<size_t>(chunks) * problem->num_heads * residual_units(problem->value_dim) * kResidualUnitBytes;
-}
-
-int hf_linattn_forward(const hf_linattn_problem* problem, const hf_linattn_tensor* o, float* den, uint8_t* residual,
+int hf_linattn_forward(const hf_linattn_problem* problem, const hf_linattn_tensor* o, float* den,
                        const hf_linattn_state* final_state, void* workspace, void* stream) {
   Workspace pieces(workspace);
-  return forward(*problem, *o, den, residual, final_state, pieces, /*only_count=*/false, stream);
+  return forward(*problem, *o, den, final_state, pieces, /*only_count=*/false, stream);
 }
 
 int hf_linattn_backward(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients, void* workspace,

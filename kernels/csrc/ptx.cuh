@@ -147,6 +147,31 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 
+// The address of the same variable in the block of this rank in the cluster (or in this block), for the functions
+// that take a remote one. That block must have begun and must not have ended: a barrier of the cluster on both sides.
+__device__ __forceinline__ uint32_t map_shared_rank(uint32_t address, uint32_t rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t remote_bar) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote_bar) : "memory");
+}
+
+// Stores the value some time later and then takes its 4 bytes off what the mbarrier, of the same block, expects.
+__device__ __forceinline__ void st_async(uint32_t remote_address, float value, uint32_t remote_bar) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote_address),
+               "r"(__float_as_uint(value)), "r"(remote_bar)
+               : "memory");
+}
+
 // Until the phase of this parity is over; a fresh barrier is in phase 0, so that parity 1 passes at once.
 __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
   uint32_t done;
@@ -155,6 +180,22 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
         "{\n"
         ".reg .pred done;\n"
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}"
+        : "=r"(done)
+        : "r"(bar), "r"(parity)
+        : "memory");
+  } while (done == 0);
+}
+
+// For a phase in which other blocks of the cluster arrived or stored.
+__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t bar, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
         "selp.u32 %0, 1, 0, done;\n"
         "}"
         : "=r"(done)
@@ -173,6 +214,17 @@ __device__ __forceinline__ void tma_load_4d(uint32_t smem, const CUtensorMap* ma
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
       ::"r"(smem), "l"(reinterpret_cast<uint64_t>(map)), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// The same box for every block of the cluster whose bit is set in the mask, at the same address in each; it counts at
+// the mbarrier at the same address in each.
+__device__ __forceinline__ void tma_load_4d_multicast(uint32_t smem, const CUtensorMap* map, uint32_t bar, int c0,
+                                                      int c1, int c2, int c3, uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(mask)
       : "memory");
 }
 
@@ -202,18 +254,23 @@ __device__ __forceinline__ void wgmma_wait() {
 // Operand lists of one wgmma: "%0, ..., %(n-1)" and "+f"(d[0]), ..., "+f"(d[n-1]).
 #define HF_LINATTN_NAMES_4 "%0, %1, %2, %3"
 #define HF_LINATTN_NAMES_8 HF_LINATTN_NAMES_4 ", %4, %5, %6, %7"
-#define HF_LINATTN_NAMES_16 HF_LINATTN_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define HF_LINATTN_NAMES_12 HF_LINATTN_NAMES_8 ", %8, %9, %10, %11"
+#define HF_LINATTN_NAMES_16 HF_LINATTN_NAMES_12 ", %12, %13, %14, %15"
 #define HF_LINATTN_NAMES_20 HF_LINATTN_NAMES_16 ", %16, %17, %18, %19"
-#define HF_LINATTN_NAMES_32 \
-  HF_LINATTN_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define HF_LINATTN_NAMES_64                                                                                       \
-  HF_LINATTN_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, "   \
-                      "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define HF_LINATTN_NAMES_24 HF_LINATTN_NAMES_20 ", %20, %21, %22, %23"
+#define HF_LINATTN_NAMES_32 HF_LINATTN_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define HF_LINATTN_NAMES_48 \
+  HF_LINATTN_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define HF_LINATTN_NAMES_64 \
+  HF_LINATTN_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define HF_LINATTN_REGISTERS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define HF_LINATTN_REGISTERS_8(i) HF_LINATTN_REGISTERS_4(i), HF_LINATTN_REGISTERS_4(i + 4)
+#define HF_LINATTN_REGISTERS_12(i) HF_LINATTN_REGISTERS_8(i), HF_LINATTN_REGISTERS_4(i + 8)
 #define HF_LINATTN_REGISTERS_16(i) HF_LINATTN_REGISTERS_8(i), HF_LINATTN_REGISTERS_8(i + 8)
 #define HF_LINATTN_REGISTERS_20(i) HF_LINATTN_REGISTERS_16(i), HF_LINATTN_REGISTERS_4(i + 16)
+#define HF_LINATTN_REGISTERS_24(i) HF_LINATTN_REGISTERS_16(i), HF_LINATTN_REGISTERS_8(i + 16)
 #define HF_LINATTN_REGISTERS_32(i) HF_LINATTN_REGISTERS_16(i), HF_LINATTN_REGISTERS_16(i + 16)
+#define HF_LINATTN_REGISTERS_48(i) HF_LINATTN_REGISTERS_32(i), HF_LINATTN_REGISTERS_16(i + 32)
 #define HF_LINATTN_REGISTERS_64(i) HF_LINATTN_REGISTERS_32(i), HF_LINATTN_REGISTERS_32(i + 32)
 
 // columns: N; registers: N / 2, the number of accumulators; then the operand names that follow these.
@@ -242,27 +299,37 @@ __device__ __forceinline__ void wgmma_wait() {
 template <class T, int N, bool kTransB>
 __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, bool accumulate) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>, "operands are bfloat16 or half");
-  static_assert(N == 8 || N == 16 || N == 32 || N == 40 || N == 64 || N == 128, "no operand list for this N");
+  static_assert(N == 8 || N == 16 || N == 24 || N == 32 || N == 40 || N == 48 || N == 64 || N == 96 || N == 128,
+                "no operand list for this N");
   HF_LINATTN_WGMMA_CASE(8, 4, "%4, %5, %6, %7", "%8", "%9", "%10")
   HF_LINATTN_WGMMA_CASE(16, 8, "%8, %9, %10, %11", "%12", "%13", "%14")
+  HF_LINATTN_WGMMA_CASE(24, 12, "%12, %13, %14, %15", "%16", "%17", "%18")
   HF_LINATTN_WGMMA_CASE(32, 16, "%16, %17, %18, %19", "%20", "%21", "%22")
   HF_LINATTN_WGMMA_CASE(40, 20, "%20, %21, %22, %23", "%24", "%25", "%26")
+  HF_LINATTN_WGMMA_CASE(48, 24, "%24, %25, %26, %27", "%28", "%29", "%30")
   HF_LINATTN_WGMMA_CASE(64, 32, "%32, %33, %34, %35", "%36", "%37", "%38")
+  HF_LINATTN_WGMMA_CASE(96, 48, "%48, %49, %50, %51", "%52", "%53", "%54")
   HF_LINATTN_WGMMA_CASE(128, 64, "%64, %65, %66, %67", "%68", "%69", "%70")
 }
 
 #undef HF_LINATTN_WGMMA_CASE
 #undef HF_LINATTN_WGMMA_TYPED
 #undef HF_LINATTN_REGISTERS_64
+#undef HF_LINATTN_REGISTERS_48
 #undef HF_LINATTN_REGISTERS_32
+#undef HF_LINATTN_REGISTERS_24
 #undef HF_LINATTN_REGISTERS_20
 #undef HF_LINATTN_REGISTERS_16
+#undef HF_LINATTN_REGISTERS_12
 #undef HF_LINATTN_REGISTERS_8
 #undef HF_LINATTN_REGISTERS_4
 #undef HF_LINATTN_NAMES_64
+#undef HF_LINATTN_NAMES_48
 #undef HF_LINATTN_NAMES_32
+#undef HF_LINATTN_NAMES_24
 #undef HF_LINATTN_NAMES_20
 #undef HF_LINATTN_NAMES_16
+#undef HF_LINATTN_NAMES_12
 #undef HF_LINATTN_NAMES_8
 #undef HF_LINATTN_NAMES_4
 

@@ -7,7 +7,8 @@
 //
 //   kind       x   y   z    out  sources    c_j      e_j              r_i
 //   kOutput    q   k   v    o    j <= i     b        a                1 / den_i
-//   kQueryGrad do  v   k    dq   j <= i     b        -b do_i.o_i      1 / den_i   (e depends on the row i)
+//   kQueryGrad do  v   k    dq   j <= i     b        -b do_i.o_i      1 / den_i   (e depends on the row i, and the
+//                                                                                scan itself yields do_i.o_i)
 //   kKeyGrad   v   do  q    dk   j >= i     b/den_j  -b do_j.o_j/den_j  1
 //   kValueGrad k   q   do   dv   j >= i     b/den_j  a/den_j          1
 //
@@ -41,10 +42,8 @@ HF_LINATTN_BOTH_SIDES constexpr bool is_reverse(ScanKind kind) {
 // Rows of the state are value channels, columns are features: the transpose of how it is stored.
 HF_LINATTN_BOTH_SIDES constexpr bool is_transposed(ScanKind kind) { return kind == ScanKind::kQueryGrad || kind == ScanKind::kKeyGrad; }
 
-// The kind also carries z's extra column: 1 with the values, -do.o with their gradients.
-HF_LINATTN_BOTH_SIDES constexpr bool has_extra_column(ScanKind kind) {
-  return kind != ScanKind::kQueryGrad && kind != ScanKind::kKeyGrad;
-}
+// The kind also carries z's extra column: 1 with values and keys, -do.o with gradients of values.
+HF_LINATTN_BOTH_SIDES constexpr bool has_extra_column(ScanKind kind) { return kind != ScanKind::kKeyGrad; }
 
 struct Rows {  // [batch, token, head, dim], dim contiguous, strides in elements
   void* data;
@@ -54,7 +53,7 @@ struct Rows {  // [batch, token, head, dim], dim contiguous, strides in elements
 
 struct ScanArgs {
   Rows x, y, z, out;
-  Rows o;  // row products: the forward's output; kValueGrad with extra_out: v
+  Rows other;  // with the columns of the output. kQueryGrad: q; kValueGrad with extra_out: v
   int num_heads, num_kv_heads, feature_dim, value_dim;
   int64_t tokens;
   // Sequences are cut into segments, each owned by one CTA per head and tile. Slot numbers: see find_segment.
@@ -67,10 +66,10 @@ struct ScanArgs {
   float a, b;
   int normalize;
   float* den;       // [B,H,T]: written by kOutput, read by all gradients; null without normalize
-  float* along;     // [B,H,T] do.o, 0 where den is held at eps: of run_row_products, read by the gradients; or null
-  // 8 bits more of every element of o, in the order in which the threads of a warpgroup hold a chunk: see below.
-  uint8_t* residual;  // written by kOutput, read by run_row_products; or null
-  float* extra_out; // [ceil(V/32),B,H_kv,T]: kValueGrad's v . dv and, with the first columns, its extra column; or null
+  float* along;     // [B,H,T] do.o, 0 where den is held at eps: of kQueryGrad, read by the gradients; or null
+  // [units of 32 columns,B,heads,T] output times other, and with the first columns the output's extra one; or null.
+  // kValueGrad: for the gradient of the decay. kQueryGrad of the portable kernels: in place of dq (run_along).
+  float* extra_out;
   hf_linattn_state first;    // by sequence: state to start from; null members count as zero
   hf_linattn_state last;     // by sequence: where a scan leaves the state at the far end; null members are not wanted
   // Between neighbouring segments of a sequence lies a boundary; state kinds write to it what the segment on the near
@@ -79,20 +78,12 @@ struct ScanArgs {
   float* carried_log_decay;  // natural log of the decay over the segment that wrote the entry
 };
 
-// The residual of a chunk, head and 32 columns of o: 16 bytes of each of 128 threads.
-//
-// A bfloat16 is the upper half of a float, rounded: (bits + 0x8000) >> 16, a tie aside. The residual is the next byte of
-// bits + 0x8000.
-constexpr int kResidualColumns = 32, kResidualUnitBytes = 2048;
-constexpr uint32_t kResidualBias = 0x8000;
-HF_LINATTN_BOTH_SIDES constexpr int residual_units(int value_dim) {
-  return (value_dim + kResidualColumns - 1) / kResidualColumns;
-}
+constexpr int kColumnUnit = 32;
+HF_LINATTN_BOTH_SIDES constexpr int column_units(int dim) { return (dim + kColumnUnit - 1) / kColumnUnit; }
 
 struct Segment {
   int slot, sequence, batch;
   int64_t begin, end;  // tokens of the row
-  int64_t first_chunk;  // chunks counted over all sequences, as the residual of o is stored
   bool is_first, is_last;  // of its sequence
   bool exists;
 };
@@ -104,8 +95,8 @@ int run_scan_sm90(ScanKind kind, bool is_causal, const ScanArgs& args, void* str
 int check_scan_sm80(ScanKind kind, bool is_causal, int dtype, const ScanArgs& args);
 int check_scan_sm90(ScanKind kind, int dtype, const ScanArgs& args);
 
-// args.along = do . o of every row (args.x . args.o), with the residual of o where there is one.
-int run_row_products(int dtype, const ScanArgs& args, void* stream);
+// args.along from args.extra_out of kQueryGrad.
+int run_along(const ScanArgs& args, void* stream);
 
 // Turns what each segment adds into the state at each boundary, starting from args.first; in place in args.carried.
 int run_segment_prefix(const ScanArgs& args, bool is_reverse, void* stream);

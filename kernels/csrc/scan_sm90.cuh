@@ -6,7 +6,8 @@
 //   rows, two  take chunks in turn: scores, weights, what is read of the state, values, output
 //
 // Each warpgroup of rows has an operand buffer of its own: the state runs up to two chunks ahead of the output. Scans that
-// form the state alone have one state warpgroup for every 64 columns, and no rows.
+// form the state alone have one state warpgroup for every 64 columns, and no rows. The CTAs of a head's dq are a cluster:
+// do.o of a row is a sum over all columns.
 #ifndef HF_LINATTN_SCAN_SM90_CUH_
 #define HF_LINATTN_SCAN_SM90_CUH_
 
@@ -25,7 +26,7 @@ HF_LINATTN_BOTH_SIDES constexpr int threads_sm90(ScanKind kind, int tiles) {
 }
 
 struct TileMaps {
-  CUtensorMap x, y, z;
+  CUtensorMap x, y, z, other;
 };
 
 #if HF_LINATTN_HAS_SM90
@@ -36,15 +37,18 @@ struct Layout90 {
   static constexpr int kXBytes = Work::XTile::kBytes, kZBytes = Work::ZTile::kBytes;
   static constexpr int kY = Work::kHasOutput ? kXBytes : 0;
   static constexpr int kZ = kY + (Work::kHasSources ? kXBytes : 0);
-  static constexpr int kStageBytes = kZ + (Work::kHasSources ? kTiles * kZBytes : 0);
+  static constexpr int kOther = kZ + (Work::kHasSources ? kTiles * kZBytes : 0);
+  static constexpr int kStageBytes = kOther + (Work::kProjects ? kZBytes : 0);
   static constexpr int kRowWarps = Work::kHasOutput ? kRowGroups * 4 : 0, kStateWarps = kTiles * 4;
   static constexpr int kConsumerWarps = kRowWarps + (Work::kHasSources ? kStateWarps : 0);
   static constexpr int kRowTokenBytes = Work::kRowArrays * Work::kTokenArrayBytes;
   static constexpr int kStateTokenBytes = (Work::kTokenArrays - Work::kFirstStateArray) * Work::kTokenArrayBytes;
-  static constexpr int kBarrierBytes = 1024, kMaxStages = 4, kSmemLimit = 227 * 1024;
+  static constexpr int kBarrierBytes = 1024, kMaxStages = 8, kSmemLimit = 227 * 1024;
   static constexpr int kBuffers = Work::kHasOutput ? kRowGroups : 0;
+  static constexpr int kMaxCluster = 4, kRowBytes = kChunk * 4;  // a float a row, of each CTA of a cluster
+  static constexpr int kExchangeBytes = Work::kProjects ? kBuffers * 2 * kMaxCluster * kRowBytes : 0;
   static constexpr int kFixedBytes = kBarrierBytes + kBuffers * (Work::kOperandBytes + Work::kSumBytes) +
-                                     kRowWarps * kRowTokenBytes + kStateWarps * kStateTokenBytes;
+                                     kRowWarps * kRowTokenBytes + kStateWarps * kStateTokenBytes + kExchangeBytes;
   static constexpr int kFitting = (kSmemLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static constexpr int kBytes = kFixedBytes + kStages * kStageBytes;
@@ -55,6 +59,14 @@ struct Layout90 {
   static __device__ __forceinline__ uint32_t published(uint32_t base, int buffer) { return base + 8 * (2 * kMaxStages + buffer); }
   static __device__ __forceinline__ uint32_t read(uint32_t base, int buffer) {
     return base + 8 * (2 * kMaxStages + kRowGroups + buffer);
+  }
+  // Of a warpgroup of rows, for every other of its chunks: a CTA that is ahead must not meet what another has yet to read.
+  static __device__ __forceinline__ uint32_t exchanged(uint32_t base, int buffer, int turn) {
+    return base + 8 * (2 * kMaxStages + 2 * kRowGroups + 2 * buffer + turn);
+  }
+  static __device__ __forceinline__ uint32_t exchange(uint32_t base, int buffer, int turn, int rank) {
+    return state_tokens(base, kStateWarps) + Work::kFirstStateArray * Work::kTokenArrayBytes +
+           ((2 * buffer + turn) * kMaxCluster + rank) * kRowBytes;
   }
   static __device__ __forceinline__ uint32_t stage(uint32_t base, int stage) {
     return base + kBarrierBytes + stage * kStageBytes;
@@ -78,18 +90,19 @@ template <class Layout>
 struct RingPipe {
   const uint32_t base;
   const int z_tile;
-  int stage = 0;
+  int taken = 0, freed = 0;  // stages; more than one may be taken before the first is freed
   uint32_t parity = 0;
 
   __device__ __forceinline__ StageTiles acquire() {
-    ptx::mbarrier_wait(Layout::full(base, stage), parity);
-    const uint32_t tiles = Layout::stage(base, stage);
-    return {tiles, tiles + Layout::kY, tiles + Layout::kZ + z_tile * Layout::kZBytes};
+    ptx::mbarrier_wait(Layout::full(base, taken), parity);
+    const uint32_t tiles = Layout::stage(base, taken);
+    if (++taken == Layout::kStages) taken = 0, parity ^= 1;
+    return {tiles, tiles + Layout::kY, tiles + Layout::kZ + z_tile * Layout::kZBytes, tiles + Layout::kOther};
   }
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(Layout::empty(base, stage));
-    if (++stage == Layout::kStages) stage = 0, parity ^= 1;
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(Layout::empty(base, freed));
+    if (++freed == Layout::kStages) freed = 0;
   }
 };
 
@@ -111,11 +124,13 @@ __device__ __forceinline__ void produce(const ScanArgs& args, const TileMaps& ma
       const uint32_t full = Layout::full(base, stage), tiles = Layout::stage(base, stage);
       const bool with_x = Work::kHasOutput && member == 0;
       const int source_bytes = Work::kHasSources ? Layout::kXBytes + kTiles * Layout::kZBytes : 0;
-      ptx::mbarrier_arrive_expect_tx(full, (with_x ? Layout::kXBytes : 0) + source_bytes);
+      const bool with_other = Work::kProjects && args.along != nullptr;
+      ptx::mbarrier_arrive_expect_tx(full, (with_x ? Layout::kXBytes : 0) + source_bytes + (with_other ? Layout::kZBytes : 0));
       auto load = [&](uint32_t to, const CUtensorMap& map, int column, int from_head) {
         ptx::tma_load_4d(to, &map, full, column, from_head, token, segment.batch);
       };
       for (int half = 0; with_x && half < kHalves; ++half) load(tiles + half * kHalfBytes, maps.x, 64 * half, head);
+      if (with_other) load(tiles + Layout::kOther, maps.other, column0, head);
       if (Work::kHasSources) {
         const int source_head = Work::kReverse ? head * group + member : Work::kStateOnly ? head : head / group;
         for (int half = 0; half < kHalves; ++half) {
@@ -157,36 +172,92 @@ __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
   auto load_item = [&](int item) {
     if (Work::kTokenInputs && item < items) work.load_tokens(next, work.chunk_at(item / members, chunks), item % members);
   };
-  load_item(0);
-  for (int item = 0; item < items; ++item) {
-    if (Work::kHasOutput && item % members == 0) publish(item / members);
+  // Fragments of a chunk do not depend on the state. Without rows there are registers to form them while the products of
+  // the chunk before run.
+  constexpr bool kAhead = Work::kStateOnly;
+  typename Work::FragmentA y[Work::kYFragments][Work::kStateTiles], ahead[Work::kYFragments][Work::kStateTiles];
+  StageTiles stage = {};
+  float chunk_decay = 0.f;
+  auto prepare = [&](auto& fragments, int item) {
     const int valid = work.valid_tokens(work.first_token(work.chunk_at(item / members, chunks)));
-    const float chunk_decay = work.with_token_arrays(valid) ? work.template publish_tokens<false, true>(next, valid) : 0.f;
+    if (work.with_token_arrays(valid)) chunk_decay = work.template publish_tokens<false, true>(next, valid);
     load_item(item + 1);
-    const StageTiles stage = pipe.acquire();
+    stage = pipe.acquire();
     if (valid < kChunk) {
       work.template clear_rows<typename Work::XTile, Work::kRowsPadded>(stage.y, valid);
       work.template clear_rows<typename Work::ZTile, Work::kColumns>(stage.z, valid);
       ptx::named_barrier_sync(kClearedBarrier + tile, Work::kHasOutput ? 2 * kWarpgroupThreads : kWarpgroupThreads);
     }
+#pragma unroll
+    for (int k = 0; k < Work::kYFragments; ++k) {
+      work.load_update(fragments[k], stage.y, k, Work::kDecays || Work::kReverse);
+    }
+  };
+  load_item(0);
+  if (kAhead && items > 0) prepare(y, 0);
+  for (int item = 0; item < items; ++item) {
+    if (Work::kHasOutput && item % members == 0) publish(item / members);
+    if (!kAhead) prepare(y, item);
     if (Work::kDecays && item % members == 0) {
       work.decay_state(exp2f(chunk_decay));
       log_decay += chunk_decay;
     }
-    typename Work::FragmentA y[Work::kYFragments][Work::kStateTiles];
-#pragma unroll
-    for (int k = 0; k < Work::kYFragments; ++k) work.load_update(y[k], stage.y, k, Work::kDecays || Work::kReverse);
     work.start_update(y, stage);
+    if (kAhead && item + 1 < items) prepare(ahead, item + 1);
     Work::EngineType::template wait<0>();
     work.keep_update(y);
     pipe.release();
+    if (kAhead) memcpy(y, ahead, sizeof y);
   }
   work.store_state(log_decay);
 }
 
+// sum = the sum of `part` over the CTAs of the cluster, for this thread's two rows; `use` counts the calls.
+template <class Work, class Layout>
+__device__ __forceinline__ void sum_over_cluster(const Work& work, uint32_t base, int own, int use, int cluster,
+                                                 const float (&part)[2], float (&sum)[2]) {
+  if (cluster == 1) {
+    sum[0] = part[0], sum[1] = part[1];
+    return;
+  }
+  const int turn = use % 2, row = 16 * work.warp + work.g;
+  const uint32_t bar = Layout::exchanged(base, own, turn);
+  if (work.warp == 0 && work.lane == 0) ptx::mbarrier_arrive_expect_tx(bar, cluster * Layout::kRowBytes);
+  if (work.t < cluster) {  // the four lanes of a row have the same number: each sends it to one CTA
+    const uint32_t to = Layout::exchange(base, own, turn, ptx::cluster_rank()) + row * 4;
+    const uint32_t remote_bar = ptx::map_shared_rank(bar, work.t);
+    ptx::st_async(ptx::map_shared_rank(to, work.t), part[0], remote_bar);
+    ptx::st_async(ptx::map_shared_rank(to + 8 * 4, work.t), part[1], remote_bar);
+  }
+  ptx::mbarrier_wait_cluster(bar, use / 2 % 2);
+  sum[0] = sum[1] = 0.f;
+  for (int rank = 0; rank < cluster; ++rank) {
+    const uint32_t from = Layout::exchange(base, own, turn, rank) + row * 4;
+    sum[0] += shared_at<float>(from);
+    sum[1] += shared_at<float>(from + 8 * 4);
+  }
+}
+
+// sum += weights z
+template <class Work>
+__device__ __forceinline__ void multiply_weights(float (&sum)[Work::kColumns / 2],
+                                                 typename Work::FragmentA (&weights)[kChunk / 16], uint32_t z_tile) {
+  using Engine = typename Work::EngineType;
+  const typename Engine::Operand z = Engine::operand(z_tile);
+  Engine::fence();
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) {
+    Engine::template gemm_kn<Work::kColumns, typename Work::ZTile>(sum, weights[k], z, 16 * k, true);
+  }
+  Engine::commit();
+  Engine::template wait<0>();
+  Engine::keep(sum);
+  Engine::keep_fragments(weights);
+}
+
 // A warpgroup of rows: the chunks of steps own, own + kRowGroups, ...
 template <class Work, class Layout>
-__device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own) {
+__device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int cluster) {
   using Engine = typename Work::EngineType;
   RingPipe<Layout> pipe{base, 0};
   const int chunks = work.chunk_count(), members = Work::kHasSources ? work.group : 1;
@@ -245,6 +316,9 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own) {
         Engine::keep_fragments(x);
         Engine::keep(rows.o);
         work.finish_read(rows);
+        if constexpr (Work::kProjects) {
+          if (work.args.along != nullptr) work.start_keys(rows);
+        }
         if (Work::kHasSources) {
           __syncwarp();
           if (work.lane == 0) ptx::mbarrier_arrive(Layout::read(base, own));
@@ -255,16 +329,25 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own) {
 #pragma unroll
           for (int k = 0; k < kChunk / 16; ++k) Engine::mma(rows.extra, weights[k], work.extra_column(k));
         }
-        Engine::fence();
-        const typename Engine::Operand z = Engine::operand(stage.z);
+        multiply_weights<Work>(rows.o, weights, stage.z);
+      }
+      if constexpr (Work::kProjects && Work::kHasSources) {
+        if (work.args.along != nullptr) {
+#pragma unroll 1
+          for (int part = 0; part < Work::kKeyParts; ++part) {
 #pragma unroll
-        for (int k = 0; k < kChunk / 16; ++k) {
-          Engine::template gemm_kn<Work::kColumns, typename Work::ZTile>(rows.o, weights[k], z, 16 * k, true);
+            for (int k = 0; k < kChunk / 16; ++k) weights[k] = work.key_weights(16 * k, part);
+            multiply_weights<Work>(rows.keys, weights, stage.z);
+          }
         }
-        Engine::commit();
-        Engine::template wait<0>();
-        Engine::keep(rows.o);
-        Engine::keep_fragments(weights);
+      }
+      if constexpr (Work::kProjects) {
+        if (work.args.along != nullptr) {
+          float part[2], along[2];
+          work.partial_along(rows, stage.other, part);
+          sum_over_cluster<Work, Layout>(work, base, own, step / kRowGroups, cluster, part, along);
+          work.project(rows, along, first, valid);
+        }
       }
       if (member + 1 == members) {
         // A warp's rows of x are in its registers by now: their place takes the output on its way.
@@ -296,14 +379,18 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
     for (int i = 0; i < Layout::kBuffers; ++i) {
       ptx::mbarrier_init(Layout::published(base, i), 4);
       ptx::mbarrier_init(Layout::read(base, i), 4);
+      ptx::mbarrier_init(Layout::exchanged(base, i, 0), 1);
+      ptx::mbarrier_init(Layout::exchanged(base, i, 1), 1);
     }
     ptx::mbarrier_init_fence();
   }
-  __syncthreads();
+  const bool is_clustered = Work::kProjects && tiles > 1;
+  if (is_clustered) ptx::cluster_arrive(), ptx::cluster_wait();
+  else __syncthreads();
   const int warpgroup = threadIdx.x / kWarpgroupThreads, warp = threadIdx.x / 32 % 4;
   // An SM has 512 registers for the threads of the CTA with the same place in their warpgroups.
-  constexpr int kProducerRegisters = 24, kRowRegisters = 152, kStateRegisters = kRowWarpgroups > 0 ? 184 : 240;
-  static_assert(kProducerRegisters + kRowWarpgroups * kRowRegisters + kTiles * kStateRegisters <= 512, "too many registers");
+  constexpr int kProducerRegisters = 24, kRowRegisters = !Work::kProjects ? 152 : kCausal ? 168 : 176;
+  constexpr int kStateRegisters = kRowWarpgroups > 0 ? 512 - kProducerRegisters - kRowWarpgroups * kRowRegisters : 240;
   if (warpgroup == kConsumers) {
     if (kConsumers > 1) ptx::register_dealloc<kProducerRegisters>();
     if (threadIdx.x % kWarpgroupThreads == 0) produce<Work, Layout>(args, maps, segment, head, column0, base);
@@ -311,7 +398,7 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
     if constexpr (Work::kHasOutput) {
       ptx::register_alloc<kRowRegisters>();
       Work work(args, segment, head, column0, {0, 0, Layout::row_tokens(base, warpgroup * 4 + warp), 0});
-      run_rows<Work, Layout>(work, base, warpgroup);
+      run_rows<Work, Layout>(work, base, warpgroup, tiles);
     }
   } else {
     if (kConsumers > 1) ptx::register_alloc<kStateRegisters>();  // two warpgroups have enough from the start
@@ -320,6 +407,7 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
               {0, 0, Layout::state_tokens(base, state_tile * 4 + warp), 0});
     run_state<Work, Layout>(work, base, state_tile);
   }
+  if (is_clustered) ptx::cluster_arrive(), ptx::cluster_wait();  // others may still send to this CTA
 }
 
 template <ScanKind kKind, bool kCausal, bool kDecay, int kRows>
@@ -351,6 +439,9 @@ inline int make_tile_maps(ScanKind kind, bool is_causal, const ScanArgs& args, T
   if (!forms_state_only(kind)) {
     const int heads = by_kv_head ? args.num_kv_heads : args.num_heads;
     if (int error = map(&maps.x, args.x, heads)) return error;
+    if (kind == ScanKind::kQueryGrad && args.along != nullptr) {
+      if (int error = map(&maps.other, args.other, heads)) return error;
+    }
   }
   if (is_causal || forms_state_only(kind)) {
     const int source_heads = is_reverse(kind) ? args.num_heads : args.num_kv_heads;
@@ -369,8 +460,9 @@ int launch_scan_sm90(const ScanArgs& args, cudaStream_t stream) {
   if (blocks > 0x7fffffff) return set_error("%lld blocks are more than a grid holds", static_cast<long long>(blocks));
   TileMaps maps = {};
   if (int error = make_tile_maps(kKind, kCausal, args, maps)) return error;
-  return launch(scan_sm90_kernel<kKind, kCausal, kDecay, kRows, kTiles>, dim3(static_cast<unsigned>(blocks)),
-                threads_sm90(kKind, kTiles), Layout::kBytes, stream, args, maps, tiles, heads);
+  return launch_clusters(scan_sm90_kernel<kKind, kCausal, kDecay, kRows, kTiles>, dim3(static_cast<unsigned>(blocks)),
+                         kKind == ScanKind::kQueryGrad ? tiles : 1, threads_sm90(kKind, kTiles), Layout::kBytes, stream,
+                         args, maps, tiles, heads);
 }
 
 }  // namespace hf_linattn

@@ -18,7 +18,7 @@ constexpr int kWarpgroupThreads = 128;
 
 // Where the tiles of a chunk lie in shared memory.
 struct StageTiles {
-  uint32_t x, y, z;
+  uint32_t x, y, z, other;
 };
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -30,13 +30,11 @@ __device__ __forceinline__ Segment find_segment(const ScanArgs& args, int slot) 
   Segment segment;
   int64_t start = 0, length = args.tokens;
   int index;
-  int64_t first_chunk = 0;
   segment.slot = slot;
   if (args.cu_seqlens == nullptr) {
     const int per_sequence = args.num_slots / args.num_sequences;
     segment.sequence = segment.batch = slot / per_sequence;
     index = slot % per_sequence;
-    first_chunk = segment.batch * ((args.tokens + kChunk - 1) / kChunk);
   } else {
     auto bound = [&](int n) -> int64_t {
       return args.cu_seqlens_is_int64 ? static_cast<const int64_t*>(args.cu_seqlens)[n]
@@ -52,7 +50,6 @@ __device__ __forceinline__ Segment find_segment(const ScanArgs& args, int slot) 
     segment.batch = 0;
     start = bound(low);
     length = bound(low + 1) - start;
-    first_chunk = start / kChunk + low;
     index = slot - static_cast<int>(start / args.segment_tokens + low);
   }
   const int64_t count = length > 0 ? (length + args.segment_tokens - 1) / args.segment_tokens : 1;
@@ -60,7 +57,6 @@ __device__ __forceinline__ Segment find_segment(const ScanArgs& args, int slot) 
   segment.is_first = index == 0;
   segment.is_last = index == count - 1;
   const int64_t offset = index * args.segment_tokens;
-  segment.first_chunk = first_chunk + offset / kChunk;
   segment.begin = start + offset;
   segment.end = start + (offset + args.segment_tokens < length ? offset + args.segment_tokens : length);
   return segment;
@@ -107,6 +103,10 @@ struct ScanWarpgroup {
   static constexpr bool kHasOutput = !kStateOnly;
   static constexpr bool kHasSources = kCausal || kStateOnly;
   static constexpr bool kRowConstant = kKind == ScanKind::kQueryGrad;
+  // dq = b (u - (do.o) z) / den with u = sum w (do.v) k, z = sum w k, and do.o = (q.u b + a sum w (do.v)) / den: the
+  // asynchronous kernels form both sums, then do.o, then dq. The others run twice: for do.o, then with it in the weights.
+  static constexpr bool kProjects = kRowConstant && Engine::kIsAsync;
+  static constexpr int kKeyParts = kDecay ? 2 : 1;  // of the weights in z, whose error would not cancel
   // dq is a difference of two sums over all keys that nearly cancel: its state operand keeps twice the bits.
   // So does that of dv under decay, for dg.
   static constexpr bool kCancels = kKind == ScanKind::kQueryGrad || (kKind == ScanKind::kValueGrad && kDecay);
@@ -143,6 +143,7 @@ struct ScanWarpgroup {
     float extra[4];          // the extra column of the output, spread over two columns of a product
     float weights[2];        // sums of weights, this thread's part
     float factor[2], den[2], along[2];  // decay since the chunk began; the denominator and do . o of the row
+    float keys[kProjects ? kCols / 2 : 1];  // z of the row
   };
 
   const ScanArgs& args;
@@ -174,6 +175,7 @@ struct ScanWarpgroup {
     return kTransposed ? args.normalize != 0 : args.a != 0.f;
   }
   __device__ __forceinline__ bool with_extra() const {
+    if (kRowConstant) return args.a != 0.f && (kProjects ? args.along : args.extra_out) != nullptr;
     const bool is_wanted = kKind != ScanKind::kValueGrad || args.extra_out != nullptr || args.last.key_sum != nullptr;
     return kExtra && args.normalize && is_wanted;
   }
@@ -216,8 +218,9 @@ struct ScanWarpgroup {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = state_row(m, i);
-        const bool is_held = kExtra && key_sum != nullptr && t == 0 && i % 2 == 0 && row < row_count;
-        row_sums[m][i] = is_held ? key_sum[row] : 0.f;
+        const float* sums = kTransposed ? value_sum : key_sum;
+        const bool is_held = kExtra && sums != nullptr && t == 0 && i % 2 == 0 && row < row_count;
+        row_sums[m][i] = is_held ? sums[row] : 0.f;
       }
     }
     const float* sums = kTransposed ? key_sum : value_sum;
@@ -348,7 +351,9 @@ struct ScanWarpgroup {
       if (kRowConstant && args.normalize) {
         const int64_t row = first + 16 * warp + g + 8 * i;
         const int64_t at = (static_cast<int64_t>(batch) * args.num_heads + head) * args.tokens + row;
-        if (row < segment.end) in.row_den[i] = args.den[at], in.row_along[i] = args.along[at];
+        if (row >= segment.end) continue;
+        in.row_den[i] = args.den[at];
+        if (!kProjects && args.along != nullptr) in.row_along[i] = args.along[at];
       }
     }
   }
@@ -403,7 +408,7 @@ struct ScanWarpgroup {
       }
       added += offset * from_here * extra;
     }
-    if (kOfState && kExtra && with_column_sums()) {
+    if (kOfState && kExtra && !kRowConstant && with_column_sums()) {
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2) added += __shfl_xor_sync(0xffffffffu, added, distance);
       added_count = added;
@@ -427,26 +432,6 @@ struct ScanWarpgroup {
   __device__ __forceinline__ FragmentA& x_fragment(FragmentA (&x)[kSize], int k, uint32_t x_tile) {
     if constexpr (!Engine::kIsAsync) Engine::template load_a<XTile>(x[0], x_tile, 16 * warp, 16 * k);
     return x[Engine::kIsAsync ? k : 0];
-  }
-
-  // 32 columns of a chunk are 16 bytes a thread, in accumulator order; row_products.cu reads them so.
-  __device__ __forceinline__ void write_residual(const float (&o)[kCols / 2], const float (&row_scale)[2], int64_t chunk) {
-#pragma unroll
-    for (int unit = 0; unit < kCols / kResidualColumns; ++unit) {
-      if (column0 + unit * kResidualColumns >= args.value_dim) continue;
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32_t bits[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) bits[e] = __float_as_uint(o[16 * unit + 4 * i + e] * row_scale[e / 2]) + kResidualBias;
-        // Byte 1 of each. (As shifts and masks, nvcc 13.0 got bytes 2 and 3 wrong in the portable kernels.)
-        words[i] = __byte_perm(__byte_perm(bits[0], bits[1], 0x0051), __byte_perm(bits[2], bits[3], 0x0051), 0x5410);
-      }
-      const int64_t block = (chunk * args.num_heads + head) * residual_units(args.value_dim) + column0 / kResidualColumns;
-      uint4* at = reinterpret_cast<uint4*>(args.residual + (block + unit) * kResidualUnitBytes);
-      at[hidden(threadIdx.x % kWarpgroupThreads)] = make_uint4(words[0], words[1], words[2], words[3]);
-    }
   }
 
   // All fragments of this warp's rows of x.
@@ -490,24 +475,24 @@ struct ScanWarpgroup {
   // o, extra = decayed (what was read + constant * column sums, count): what earlier chunks contribute.
   __device__ __forceinline__ void finish_read(RowSums& rows) {
     float(&o)[kCols / 2] = rows.o;
-    if (!kReverse) {
+    if (!kReverse && !kRowConstant) {  // the row constant's b waits for the division
 #pragma unroll
       for (int i = 0; i < kCols / 2; ++i) o[i] *= args.b;
     }
-    if (with_column_sums()) {
+    if (!kProjects && with_column_sums()) {
       const float* sums = &shared_at<float>(places.sums + kColumnSums);
       float constant[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) constant[i] = kReverse ? 1.f : kRowConstant ? -args.b * rows.along[i] : args.a;
+      for (int i = 0; i < 2; ++i) constant[i] = kReverse ? 1.f : kRowConstant ? -rows.along[i] : args.a;
 #pragma unroll
       for (int i = 0; i < kCols / 2; ++i) o[i] += constant[i / 2 % 2] * sums[state_column(i)];
     }
     if (with_extra()) {
-      const float before = shared_at<float>(places.sums + kCount);
+      const float before = kRowConstant ? 0.f : shared_at<float>(places.sums + kCount);
       const float constant = t == 0 ? (kReverse ? before : args.a * before) : 0.f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        rows.extra[i] *= read_factor();
+        if (!kRowConstant) rows.extra[i] *= read_factor();
         if (i % 2 == 0) rows.extra[i] += constant;
         if (kDecay) rows.extra[i] *= rows.factor[i / 2];
       }
@@ -551,7 +536,7 @@ struct ScanWarpgroup {
         const int row = first_row + g + i / 2 % 2 * 8, column = source + 2 * t + i / 4 * 8 + i % 2;
         float weight = p[8 * k + i];
         if (kReverse) weight = token_array(kScoreFactor)[column] * weight + token_array(kScoreOffset)[column];
-        else if (kRowConstant) weight = args.b * (weight - rows.along[i / 2 % 2]);
+        else if (kRowConstant) weight -= rows.along[i / 2 % 2];
         else weight = args.b * weight + args.a;
         if (kDecay) weight *= exp2f(token_array(kLogDecay)[row] - token_array(kLogDecay)[column]);
         v[i] = weight;
@@ -570,6 +555,77 @@ struct ScanWarpgroup {
     }
     ptx::keep(v);  // the numbers of sixteen columns at a time
     return Engine::pack_a(v);
+  }
+
+  // The weights in z of sources source .. source+15: decays alone; `part` 1 is what rounding takes from part 0.
+  __device__ __forceinline__ FragmentA key_weights(int source, int part) {
+    float v[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
+    const int first_row = 16 * warp;
+    if (source <= first_row) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int row = first_row + g + i / 2 % 2 * 8, column = source + 2 * t + i / 4 * 8 + i % 2;
+        if (column > row) continue;
+        v[i] = kDecay ? exp2f(token_array(kLogDecay)[row] - token_array(kLogDecay)[column]) : 1.f;
+        if (part == 1) v[i] -= Engine::round(v[i]);
+      }
+    }
+    ptx::keep(v);
+    return Engine::pack_a(v);
+  }
+
+  // z of the rows as far as earlier chunks go.
+  __device__ __forceinline__ void start_keys(RowSums& rows) {
+    const float* sums = &shared_at<float>(places.sums + kColumnSums);
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) rows.keys[i] = sums[state_column(i)] * rows.factor[i / 2 % 2];
+  }
+
+  // This warpgroup's part of do.o den for both rows: q . o over its columns, the extra column with the first.
+  __device__ __forceinline__ void partial_along(const RowSums& rows, uint32_t q_tile, float (&along)[2]) {
+    along[0] = along[1] = 0.f;
+#pragma unroll
+    for (int k = 0; k < kCols / 16; ++k) {
+      FragmentA q;
+      Engine::template load_a<ZTile>(q, q_tile, 16 * warp, 16 * k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 8 * k + i / 2 * 4 + i % 2 * 2;
+        along[i % 2] += low_of(q.r[i]) * rows.o[at] + high_of(q.r[i]) * rows.o[at + 1];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      along[i] += __shfl_xor_sync(0xffffffffu, along[i], 1);
+      along[i] += __shfl_xor_sync(0xffffffffu, along[i], 2);
+      along[i] *= args.b;
+      if (column0 == 0 && with_extra()) along[i] += extra_sum(rows, i);
+    }
+  }
+
+  // With do.o of both rows: dq.
+  __device__ __forceinline__ void project(RowSums& rows, const float (&along)[2], int64_t first, int valid) {
+    const int first_row = hidden(16 * warp + g), batch = hidden(segment.batch), head = hidden(this->head);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row + 8 * i;
+      const int64_t at = (static_cast<int64_t>(batch) * args.num_heads + head) * args.tokens + first + row;
+      // A row whose denominator is held at its floor is not a quotient: scaling its weights is no longer for nothing.
+      const bool is_held = args.normalize && fabsf(rows.den[i]) < kDenominatorEps;
+      rows.along[i] = is_held ? 0.f : args.normalize ? along[i] / rows.den[i] : along[i];
+      if (column0 == 0 && t == 0 && row < valid) args.along[at] = rows.along[i];
+    }
+    if (!args.normalize) return;
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) rows.o[i] -= rows.along[i / 2 % 2] * rows.keys[i];
+  }
+
+  // The extra column of row i of this thread's two, summed over the four lanes that share the row.
+  __device__ __forceinline__ float extra_sum(const RowSums& rows, int i) const {
+    float value = rows.extra[2 * i] + rows.extra[2 * i + 1] + rows.weights[i];
+    value += __shfl_xor_sync(0xffffffffu, value, 1);
+    value += __shfl_xor_sync(0xffffffffu, value, 2);
+    return kRowConstant ? args.a * value : value;
   }
 
   // Fragment B of the extra column for tokens 16k .. 16k+15, in two parts.
@@ -688,7 +744,7 @@ struct ScanWarpgroup {
         Engine::mma(column_sums[n], rows[1], columns[1]);
       }
     }
-    if (kExtra) count += added_count;
+    if (kExtra && !kRowConstant) count += added_count;
   }
 
   // Rows beyond the segment belong to others and may hold anything: zero times NaN must not reach a product.
@@ -703,31 +759,24 @@ struct ScanWarpgroup {
 
   __device__ __forceinline__ void write_output(const RowSums& rows, int64_t first, int valid) {
     const float(&o)[kCols / 2] = rows.o;
-    float row_scale[2] = {1.f, 1.f}, extra_sum[2] = {0.f, 0.f};
+    float row_scale[2] = {1.f, 1.f}, extra[2] = {0.f, 0.f};
     const int first_row = hidden(16 * warp + g), batch = hidden(segment.batch), head = hidden(this->head);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row + 8 * i;
-      if (kExtra && with_extra()) {
-        float value = rows.extra[2 * i] + rows.extra[2 * i + 1] + rows.weights[i];
-        value += __shfl_xor_sync(0xffffffffu, value, 1);
-        value += __shfl_xor_sync(0xffffffffu, value, 2);
-        extra_sum[i] = value;
+      if (kExtra && !kProjects && with_extra()) {
+        extra[i] = extra_sum(rows, i);
         if (kKind == ScanKind::kOutput) {
-          row_scale[i] = 1.f / guarded(value);
+          row_scale[i] = 1.f / guarded(extra[i]);
           const int64_t at = (static_cast<int64_t>(batch) * args.num_heads + head) * args.tokens + first + row;
-          if (column0 == 0 && t == 0 && row < valid) args.den[at] = value;
+          if (column0 == 0 && t == 0 && row < valid) args.den[at] = extra[i];
         }
       }
-      if (kRowConstant && args.normalize) row_scale[i] = 1.f / guarded(rows.den[i]);
+      if (kRowConstant) row_scale[i] = args.normalize ? args.b / guarded(rows.den[i]) : args.b;
     }
-    if constexpr (kKind == ScanKind::kValueGrad) {
-      if (args.extra_out != nullptr) write_column_terms(o, extra_sum, first, valid);
-    }
-    if constexpr (kKind == ScanKind::kOutput) {
-      if (args.residual != nullptr) {
-        write_residual(o, row_scale, segment.first_chunk + (first - segment.begin) / kChunk);
-      }
+    if constexpr (kKind == ScanKind::kValueGrad || (kRowConstant && !kProjects)) {
+      if (args.extra_out != nullptr) write_column_terms(o, extra, first, valid);
+      if (kRowConstant && args.extra_out != nullptr) return;  // the run for do.o
     }
     Element* base = static_cast<Element*>(args.out.data) + batch * args.out.batch_stride +
                     head * args.out.head_stride + first * args.out.token_stride + column0;
@@ -735,32 +784,35 @@ struct ScanWarpgroup {
     write_rows(static_cast<Element*>(base), o, row_scale, valid, columns);
   }
 
-  // v . dv + dvone of every row, this warpgroup's columns of it: what a token loses of dg as a key (decay_gradient.cu).
-  // The two nearly cancel. Both come from the same rounded weights, and must meet before dv is rounded.
-  __device__ __forceinline__ void write_column_terms(const float (&o)[kCols / 2], const float (&extra_sum)[2], int64_t first,
+  // Row by row, the output times `other`, this warpgroup's columns of it, and with the first columns the extra one.
+  // kValueGrad: what a token loses of dg as a key (decay_gradient.cu); its terms nearly cancel, come from the same rounded
+  // weights, and must meet before dv is rounded. kQueryGrad: do.o times the denominator.
+  __device__ __forceinline__ void write_column_terms(const float (&o)[kCols / 2], const float (&extra)[2], int64_t first,
                                                      int valid) {
-    const int units = residual_units(args.value_dim), unit = column0 / kResidualColumns;
-    const int64_t rows = static_cast<int64_t>(args.cu_seqlens == nullptr ? args.num_sequences : 1) * args.num_kv_heads;
+    const int heads = kReverse ? args.num_kv_heads : args.num_heads, units = column_units(args.z.dim);
+    const int64_t rows = static_cast<int64_t>(args.cu_seqlens == nullptr ? args.num_sequences : 1) * heads;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t token = first + hidden(16 * warp + g + 8 * i);
       const bool is_inside = token < first + valid;
-      const Element* v = static_cast<const Element*>(args.o.data) + segment.batch * args.o.batch_stride +
-                         token * args.o.token_stride + head * args.o.head_stride;
+      const Element* other = static_cast<const Element*>(args.other.data) + segment.batch * args.other.batch_stride +
+                             token * args.other.token_stride + head * args.other.head_stride;
       float sum = 0.f;
 #pragma unroll
       for (int e = 2 * i; e < kCols / 2; e += e % 2 == 0 ? 1 : 3) {
         const int column = column0 + state_column(e);
-        if (is_inside && column < args.value_dim) sum += static_cast<float>(v[column]) * o[e];
+        if (is_inside && column < args.z.dim) sum += static_cast<float>(other[column]) * o[e];
       }
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (column0 == 0) sum += extra_sum[i];
+      if (kRowConstant) sum *= args.b;
+      if (column0 == 0) sum += extra[i];
       if (t != 0 || !is_inside) continue;
 #pragma unroll
-      for (int covered = 0; covered < kCols / kResidualColumns; ++covered) {
-        if (unit + covered >= units) continue;
-        const int64_t row = (unit + covered) * rows + static_cast<int64_t>(segment.batch) * args.num_kv_heads + head;
+      for (int covered = 0; covered < kCols / kColumnUnit; ++covered) {
+        const int unit = column0 / kColumnUnit + covered;
+        if (unit >= units) continue;
+        const int64_t row = unit * rows + static_cast<int64_t>(segment.batch) * heads + head;
         args.extra_out[row * args.tokens + token] = covered == 0 ? sum : 0.f;
       }
     }
@@ -818,6 +870,7 @@ struct ScanWarpgroup {
   // Tokens behind the last packed sequence belong to none: their results are zero.
   __device__ __forceinline__ void clear_tail() {
     if (args.cu_seqlens == nullptr || segment.sequence != args.num_sequences - 1 || !segment.is_last) return;
+    if (args.out.data == nullptr) return;
     const int columns = args.out.dim - column0 < kCols ? args.out.dim - column0 : kCols;
     Element* base = static_cast<Element*>(args.out.data) + head * args.out.head_stride + column0;
     for (int64_t token = segment.end + warp; token < args.tokens; token += 4) {

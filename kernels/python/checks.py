@@ -28,36 +28,43 @@ def check_qkv(names: str, q: Tensor, k: Tensor, v: Tensor | None, num_dims: int)
         num_dims: 4 for sequences, 3 for one token.
     """
     q_name, k_name, v_name = names.split()
-    layout = "[B, T, H, dim]" if num_dims == 4 else "[B, H, dim]"
+    # Every attribute of a tensor is read once: this runs at each call, while the device waits.
+    dtype, device = q.dtype, q.device
     for name, x in ((q_name, q), (k_name, k), (v_name, v)):
         if x is None:
             continue
         if x.ndim != num_dims:
+            layout = "[B, T, H, dim]" if num_dims == 4 else "[B, H, dim]"
             raise ValueError(
                 f"{name}: expected {num_dims} dimensions {layout}, got shape {tuple(x.shape)}; reshape it"
             )
-        if x.dtype not in OP_DTYPES:
-            raise TypeError(f"{name}: expected a bfloat16, float16, float32 or float64 tensor, got {x.dtype}; cast it")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected the dtype of {q_name}, {q.dtype}, got {x.dtype}; cast one of them")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected the device of {q_name}, {q.device}, got {x.device}; move it there")
-    if k.shape[:-2] != q.shape[:-2]:
+        x_dtype = x.dtype
+        if x_dtype not in OP_DTYPES:
+            raise TypeError(f"{name}: expected a bfloat16, float16, float32 or float64 tensor, got {x_dtype}; cast it")
+        if x_dtype != dtype:
+            raise TypeError(f"{name}: expected the dtype of {q_name}, {dtype}, got {x_dtype}; cast one of them")
+        if x.device != device:
+            raise ValueError(f"{name}: expected the device of {q_name}, {device}, got {x.device}; move it there")
+    *q_tokens, heads, dim = q.shape
+    *k_tokens, kv_heads, k_dim = k.shape
+    if k_tokens != q_tokens:
         raise ValueError(
-            f"{k_name}: expected leading dimensions {tuple(q.shape[:-2])} as in {q_name}, got {tuple(k.shape[:-2])}; "
+            f"{k_name}: expected leading dimensions {tuple(q_tokens)} as in {q_name}, got {tuple(k_tokens)}; "
             "keys and queries cover the same tokens"
         )
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"{k_name}: expected last dimension {q.shape[-1]} as in {q_name}, got {k.shape[-1]}; pad one")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2] != 0:
+    if k_dim != dim:
+        raise ValueError(f"{k_name}: expected last dimension {dim} as in {q_name}, got {k_dim}; pad one")
+    if kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(
-            f"{k_name}: expected a number of heads that divides {q_name}'s {q.shape[-2]}, got {k.shape[-2]}; "
+            f"{k_name}: expected a number of heads that divides {q_name}'s {heads}, got {kv_heads}; "
             "pass one kv head for each group of query heads, unexpanded"
         )
-    if v is not None and v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(
-            f"{v_name}: expected shape {(*k.shape[:-1], 'V')} as {k_name} has, got {tuple(v.shape)}; fix v"
-        )
+    if v is not None:
+        *v_tokens, v_heads, _ = v.shape
+        if v_heads != kv_heads or v_tokens != k_tokens:
+            raise ValueError(
+                f"{v_name}: expected shape {(*k_tokens, kv_heads, 'V')} as {k_name} has, got {tuple(v.shape)}; fix v"
+            )
 
 
 def check_features(names: str, x: Tensor, phi_x: Tensor) -> None:
@@ -74,11 +81,11 @@ def check_features(names: str, x: Tensor, phi_x: Tensor) -> None:
 
 def check_decay(g: Tensor | None, g_gamma: Tensor | None, k: Tensor) -> Tensor | None:
     """The log decay of every token, `k.shape[:-1]`, from either argument; None without decay."""
+    if g is None and g_gamma is None:
+        return None
     if g is not None and g_gamma is not None:
         raise ValueError("g_gamma: expected None together with g, got a tensor; add the fixed decay to g instead")
     name, decay, shape = ("g", g, k.shape[:-1]) if g_gamma is None else ("g_gamma", g_gamma, k.shape[-2:-1])
-    if decay is None:
-        return None
     check_head_parameter(name, decay, shape, k)
     return decay if g_gamma is None else decay.expand(k.shape[:-1])
 
@@ -191,6 +198,7 @@ def check_feature_map(feature_map: str | None) -> None:
 
 
 def _check_state_members(name: str, state: tuple, expected: tuple, builder: str, like: Tensor) -> None:
+    device = like.device
     for field, x, want in zip(state._fields, state, expected, strict=True):
         if (x is None) != (want is None):
             wanted, got = ("None", "a tensor") if want is None else (f"shape {want}", "None")
@@ -198,10 +206,12 @@ def _check_state_members(name: str, state: tuple, expected: tuple, builder: str,
                 f"{name}.{field}: expected {wanted} for these a, normalize and decay, got {got}; "
                 f"build the state with {builder} and the same arguments"
             )
-        if x is not None and x.shape != want:
+        if x is None:
+            continue
+        if x.shape != want:
             raise ValueError(
                 f"{name}.{field}: expected shape {want}, got {tuple(x.shape)}; "
                 f"build the state with {builder} for these inputs"
             )
-        if x is not None and x.device != like.device:
-            raise ValueError(f"{name}.{field}: expected device {like.device}, got {x.device}; move the state there")
+        if x.device != device:
+            raise ValueError(f"{name}.{field}: expected device {device}, got {x.device}; move the state there")

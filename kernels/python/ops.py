@@ -26,7 +26,7 @@ from hf_linattn.kernels.checks import (
 from hf_linattn.kernels.chunked_linear import chunked_linear_attention
 from hf_linattn.kernels.chunked_window import chunked_window_linear_attention
 from hf_linattn.kernels.cuda_linear import cuda_linear_attention, cuda_linear_attention_step, cuda_step_takes
-from hf_linattn.kernels.dispatch import BACKEND_VARIABLE, autocast_off, choose_backend
+from hf_linattn.kernels.dispatch import BACKEND_VARIABLE, autocast_off, choose_backend, where_grad_is_on
 from hf_linattn.kernels.reference import reference_linear_attention, reference_window_linear_attention
 from hf_linattn.kernels.state import LinearAttentionState, WindowLinearAttentionState
 from hf_linattn.kernels.step import recurrent_linear_attention_step, recurrent_window_linear_attention_step
@@ -194,7 +194,7 @@ def window_linear_attention(
         )
 
 
-@torch.no_grad()
+@where_grad_is_on(torch.no_grad())
 def linear_attention_step(
     q: Tensor,
     k: Tensor,
@@ -244,7 +244,7 @@ def linear_attention_step(
         return recurrent_linear_attention_step(q, k, v, decay, state, **options)
 
 
-@torch.no_grad()
+@where_grad_is_on(torch.no_grad())
 def window_linear_attention_step(
     q: Tensor,
     k: Tensor,

@@ -149,10 +149,9 @@ def test_inputs_on_the_device_that_is_not_current(target):
 
 def op_arguments(case: OpCase, inputs: dict) -> tuple:
     """Arguments of torch.ops.hf_linattn.linear_attention_forward."""
-    first = [inputs.get(f"state.{member}") for member in ("kv", "key_sum", "value_sum", "weight_sum")]
-    tensors = [inputs.get(name) for name in ("q", "k", "v", "g")] + first + [inputs.get("cu_seqlens")]
-    keep_residual = True
-    return (*tensors, case.a, case.b * case.scale, case.normalize, case.causal, True, keep_residual, 0)
+    first = [x for name, x in inputs.items() if name.startswith("state.")]
+    tensors = [inputs.get(name) for name in ("q", "k", "v", "g")] + [first, inputs.get("cu_seqlens")]
+    return (*tensors, case.a, case.b * case.scale, case.normalize, case.causal, True, 0)
 
 
 @pairs(([*COMPILED, replace(HALF, state=True, a=0.0)], targets("cuda-cuda")))
@@ -167,12 +166,10 @@ def test_forward_op_keeps_the_rules_of_torch_library(case, target):
 def test_backward_op_keeps_the_rules_of_torch_library(case, target):
     inputs = make_inputs(case, device=target.device)
     arguments = op_arguments(case, inputs)
-    o, den, residual, *final = torch.ops.hf_linattn.linear_attention_forward.default(*arguments)
-    den, residual = (x if x.numel() else None for x in (den, residual))
-    final = [x if x.numel() else None for x in final]
-    given = [None if x is None else torch.rand_like(x) for x in final]
+    o, den, final = torch.ops.hf_linattn.linear_attention_forward.default(*arguments)
+    given = [torch.rand_like(x) for x in final]
     with_dg = case.decay is not None
-    arguments = (torch.rand_like(o), *arguments[:3], o, den, residual, arguments[3], *arguments[4:8], *given, *final)
+    arguments = (torch.rand_like(o), *arguments[:3], o, den, arguments[3], arguments[4], given, final)
     arguments += (None, case.a, case.b * case.scale, case.normalize, case.causal, with_dg, case.state, 0)
     torch.library.opcheck(torch.ops.hf_linattn.linear_attention_backward.default, arguments)
 
