@@ -40,7 +40,7 @@ def definitions() -> None:
         assert o.shape == (2, 5, 4, 8)
         assert den.shape == (2, 4, 5)
         assert [x.shape for x in final] == [(2, 2, 16, 8), (2, 2, 16), (2, 2, 8), (2, 2)]
-        backward = (o, q, k, v, o, None, g, [], [], [], None, 0.0, 1.0, False, True, True)
+        backward = (o, q, k, v, None, g, [], [], None, 0.0, 1.0, False, True, True)
         *grads, d_initial = ops.linear_attention_backward(*backward, True, 0)
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape, g.shape]
         assert [x.shape for x in d_initial] == [(2, 2, 16, 8)]

@@ -55,11 +55,9 @@ class _Problem(ctypes.Structure):
 
 class _Gradients(ctypes.Structure):
     _fields_ = [
-        ("o", _Tensor),
         ("d_o", _Tensor),
         ("den", ctypes.c_void_p),
         ("d_final", _State),
-        ("final_state", _State),
         *((name, _Tensor) for name in ("dq", "dk", "dv")),
         ("dg", ctypes.c_void_p),
         ("d_initial", _State),
@@ -254,7 +252,6 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
     den: Tensor | None,
     g: Tensor | None = None,
     *,
@@ -264,7 +261,6 @@ def backward(
     causal: bool = True,
     initial_state: LinearAttentionState | None = None,
     d_final: LinearAttentionState | None = None,
-    final_state: LinearAttentionState | None = None,
     cu_seqlens: Tensor | None = None,
     needs_dg: bool = True,
     needs_d_initial: bool = False,
@@ -277,11 +273,9 @@ def backward(
     dg = buffers.empty(*k.shape[:3], dtype=torch.float32) if needs_dg and g is not None else None
     d_initial = _empty_state(buffers, problem) if needs_d_initial else None
     gradients = _Gradients(
-        o=_tensor(o),
         d_o=_tensor(d_o),
         den=_pointer(den),
         d_final=_state(d_final),
-        final_state=_state(final_state),
         dq=_tensor(dq),
         dk=_tensor(dk),
         dv=_tensor(dv),
@@ -354,36 +348,42 @@ def decay_gradient(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
+    g: Tensor,
     den: Tensor | None,
-    columns: Tensor,
     along: Tensor | None,
     *,
+    a: float = 0.0,
+    b: float = 1.0,
+    initial_state: LinearAttentionState | None = None,
     d_final: LinearAttentionState | None = None,
-    final_state: LinearAttentionState | None = None,
+    carried: LinearAttentionState | None = None,
+    d_carried: LinearAttentionState | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """dg `[B, T, H_kv]` by decay_gradient.cu alone; `columns` `[B, H_kv, T]` is v . dv + dvone."""
-    parts = torch.zeros(-(-v.shape[3] // 32), *columns.shape)
-    parts[-1] = columns
-    problem = _problem(q, k, v, None, 0.0, 1.0, den is not None, True, None, cu_seqlens, "auto")
-    buffers = _Buffers()
+    """dg `[B, T, H_kv]` by decay_gradient.cu alone.
+
+    Args:
+        d_o, q, k, v, g, a, b, initial_state, d_final, cu_seqlens: as for `backward`.
+        den: `[B, H, T]` with normalisation, else None.
+        along: `[B, H, T]` d_o . o with normalisation, 0 where den is held, else None.
+        carried: states at the boundaries of segments of 1024 tokens, all sequences' after one another.
+        d_carried: their gradients.
+    """
+    problem = _problem(q, k, v, g, a, b, den is not None, True, initial_state, cu_seqlens, "auto")
+    buffers, library = _Buffers(), load_parts()
+    library.probe_decay_gradient_floats.restype = ctypes.c_int64
     dg = buffers.empty(*k.shape[:3], dtype=torch.float32)
-    gradients = _Gradients(
-        o=_tensor(o),
-        d_o=_tensor(d_o),
-        den=_pointer(den),
-        d_final=_state(d_final),
-        final_state=_state(final_state),
-        dg=_pointer(dg),
-    )
+    workspace = buffers.empty(library.probe_decay_gradient_floats(ctypes.byref(problem)), dtype=torch.float32)
+    gradients = _Gradients(d_o=_tensor(d_o), den=_pointer(den), d_final=_state(d_final), dg=_pointer(dg))
     _call(
-        load_parts(),
+        library,
         "probe_decay_gradient",
         ctypes.byref(problem),
         ctypes.byref(gradients),
-        ctypes.c_void_p(_pointer(parts)),
         ctypes.c_void_p(_pointer(along)),
+        ctypes.byref(_state(carried)),
+        ctypes.byref(_state(d_carried)),
+        ctypes.c_void_p(workspace.data_ptr()),
     )
     buffers.check()
     return dg

@@ -246,10 +246,36 @@ int probe_broken(int which, float* out) {
   return launch(broken_kernel, dim3(2), 128, which == 6 ? 3996 : 4096, nullptr, which, out);
 }
 
-int probe_decay_gradient(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients, const float* columns,
-                         const float* along) {
-  return run_decay_gradient(problem, gradients, columns, along, nullptr);
+// The states at boundaries of kDecaySegment tokens, and what row_products.cu forms, come from the caller.
+int probe_decay_gradient(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients, float* along,
+                         const hf_linattn_state* carried, const hf_linattn_state* d_carried, float* workspace) {
+  const auto rows = [](const hf_linattn_tensor& x, int dim) {
+    return Rows{x.data, x.batch_stride, x.token_stride, x.head_stride, dim};
+  };
+  DecayGradientArgs args = {};
+  ScanArgs& scan = args.scan;
+  scan.num_heads = problem->num_heads, scan.num_kv_heads = problem->num_kv_heads;
+  scan.feature_dim = problem->feature_dim, scan.value_dim = problem->value_dim;
+  scan.tokens = problem->tokens, scan.num_sequences = problem->num_sequences;
+  scan.cu_seqlens = problem->cu_seqlens, scan.cu_seqlens_is_int64 = problem->cu_seqlens_is_int64;
+  scan.segment_tokens = kDecaySegment;
+  const int64_t per_sequence = (problem->tokens + kDecaySegment - 1) / kDecaySegment;
+  scan.num_slots = static_cast<int>(problem->cu_seqlens == nullptr
+                                        ? problem->batch * per_sequence
+                                        : problem->tokens / kDecaySegment + problem->num_sequences);
+  scan.g = problem->g, scan.g_batch_stride = problem->g_batch_stride;
+  scan.g_token_stride = problem->g_token_stride, scan.g_head_stride = problem->g_head_stride;
+  scan.a = problem->a, scan.b = problem->b, scan.normalize = problem->normalize;
+  scan.den = const_cast<float*>(gradients->den), scan.along = along;
+  args.q = rows(problem->q, problem->feature_dim), args.k = rows(problem->k, problem->feature_dim);
+  args.v = rows(problem->v, problem->value_dim), args.d_o = rows(gradients->d_o, problem->value_dim);
+  args.first = problem->initial_state, args.carried = *carried;
+  args.d_last = gradients->d_final, args.d_carried = *d_carried;
+  args.workspace = workspace, args.dg = gradients->dg;
+  return run_decay_gradient(problem->dtype, args, nullptr);
 }
+
+int64_t probe_decay_gradient_floats(const hf_linattn_problem* problem) { return decay_gradient_floats(*problem); }
 
 const char* hf_linattn_last_error(void) { return last_error(); }
 

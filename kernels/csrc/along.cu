@@ -13,12 +13,9 @@ __global__ void __launch_bounds__(kThreads) along_kernel(const __grid_constant__
   if (row >= rows) return;
   float sum = 0.f;
   for (int unit = 0; unit < column_units(args.feature_dim); ++unit) sum += args.extra_out[unit * rows + row];
-  if (args.normalize) {
-    // A row whose denominator is held at its floor is not a quotient: scaling its weights is no longer for nothing.
-    const float den = args.den[row];
-    sum = fabsf(den) < kDenominatorEps ? 0.f : sum / den;
-  }
-  args.along[row] = sum;
+  // A row whose denominator is held at its floor is not a quotient: scaling its weights is no longer for nothing.
+  const float den = args.den[row];
+  args.along[row] = fabsf(den) < kDenominatorEps ? 0.f : sum / den;
 }
 
 }  // namespace

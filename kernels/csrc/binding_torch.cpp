@@ -256,20 +256,18 @@ std::tuple<Tensor, OptionalTensor, TensorList> linear_attention_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, OptionalTensor, TensorList> linear_attention_backward(
-    const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const OptionalTensor& den,
+    const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& den,
     const OptionalTensor& g, const TensorList& initial_state, const TensorList& d_final_state,
-    const TensorList& final_state, const OptionalTensor& cu_seqlens, double a, double b, bool normalize, bool causal,
+    const OptionalTensor& cu_seqlens, double a, double b, bool normalize, bool causal,
     bool needs_dg, bool needs_d_initial_state, int64_t path) {
   const DeviceScope scope(q);
   const hf_linattn_problem problem =
       describe_problem(q, k, v, g, initial_state, cu_seqlens, a, b, normalize, causal, path);
-  check_shape("o", o, {q.size(0), q.size(1), q.size(2), v.size(3)});
   check_shape("d_o", d_o, {q.size(0), q.size(1), q.size(2), v.size(3)});
   check_float("den", den, {q.size(0), q.size(2), q.size(1)});
   hf_linattn_gradients gradients{};
   gradients.d_final = describe_state("d_final_state", d_final_state, problem);
-  gradients.final_state = describe_state("final_state", final_state, problem);
-  require(!needs_dg || (g && (!final_state.empty() || d_final_state.empty())), "final_state: dg needs it");
+  require(!needs_dg || g, "g: dg needs it");
 
   const int32_t dtype = dtype_of(q);
   const Tensor dq = allocate(q, {q.size(0), q.size(1), q.size(2), q.size(3)}, dtype);
@@ -280,7 +278,6 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor, TensorList> linear_attention_
   TensorList d_initial_state;
   if (needs_d_initial_state) d_initial_state = allocate_state(q, problem);
   if (has_tokens(problem)) {
-    gradients.o = describe("o", o, q);
     gradients.d_o = describe("d_o", d_o, q);
     gradients.den = address<float>(den);
     gradients.dq = describe("dq", dq, q);
@@ -383,8 +380,8 @@ STABLE_TORCH_LIBRARY(hf_linattn, m) {
       "float a, float b, bool normalize, bool causal, bool output_final_state, int path) -> "
       "(Tensor o, Tensor? den, Tensor[] final_state)");
   m.def(
-      "linear_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor? den, "
-      "Tensor? g, Tensor[] initial_state, Tensor[] d_final_state, Tensor[] final_state, Tensor? cu_seqlens, float a, "
+      "linear_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor? den, "
+      "Tensor? g, Tensor[] initial_state, Tensor[] d_final_state, Tensor? cu_seqlens, float a, "
       "float b, bool normalize, bool causal, bool needs_dg, bool needs_d_initial_state, int path) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor? dg, Tensor[] d_initial_state)");
   m.def(

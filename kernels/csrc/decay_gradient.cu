@@ -1,209 +1,702 @@
 // dg: what the loss changes by with the decay of each token.
 //
-// With G the sum of g up to a token, the weight of key j for query i is e^{G_i - G_j}. So dG_t is the sum of weight
-// times gradient over row t (t as query) less that over column t (t as key):
-//   column_t = v_t . dv_t + dvone_t, where dvone is the gradient of a value of one (the denominator's, if any): the scan
-//           that forms dv leaves it in parts of 32 columns;
-//   row_t = do_t . o_t, summed over the heads of the group; 0 where o is a quotient, since a common factor of numerator
-//           and denominator cancels, unless the denominator is held at its eps.
-// The final state counts as the row of a query at the sequence's last token. g_t is in G_s for all s >= t of its
-// sequence: dg is the sum of dG from the sequence's end.
+// g_t is in the weight e^{G_i - G_j} of every pair of a key j < t and a query i >= t, so that
+//   dg_t = sum over j < t <= i of m_ij,   m_ij = e^{G_i - G_j} (a + b q_i.k_j) (do_i.v_j - along_i) / den_i.
+// The difference of neighbours, dg_t - dg_{t+1}, is cheaper to form (do_t.o_t - v_t.dv_t), but a sum of rounded
+// differences drowns what is left of it: here no sum of pairs is ever the difference of two larger ones.
 //
-// Two launches, the second in place: the products are as parallel as there are tokens, the sums read one float a token.
+// Within a segment of kDecaySegment tokens all pairs are formed, in blocks of a chunk of queries by a chunk of keys
+// (pair_sums_kernel), from inputs that are not rounded. Pairs that lie on both sides of a segment's boundary are those
+// of a token with the state, or its gradient, that the scans carry over it (state_terms_kernel); pairs around a whole
+// segment are the product of the two. decay_gradient_kernel adds up.
 #include "decay_gradient.h"
 
-#include <math.h>
+#include <algorithm>
 
 #include "launch.cuh"
-#include "ptx.cuh"
-#include "scan.h"
+#include "tile_copy.cuh"
 
 namespace hf_linattn {
 namespace {
 
-constexpr int kWarp = 32, kTokensPerWarp = 16;
-constexpr int kTermThreads = 256, kTokensPerBlock = kTermThreads / kWarp * kTokensPerWarp;
-constexpr int kSumThreads = 512, kSumWarps = kSumThreads / kWarp, kTokensPerThread = 4;
-constexpr int kTile = kSumThreads * kTokensPerThread;
+constexpr int kWarps = kWarpgroupThreads / 32;
+constexpr int kSegmentChunks = kDecaySegment / kChunk;
+constexpr int kSumThreads = 32 * kSegmentChunks;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+// What the kernels leave for each other: arrays [B, H_kv, T], one after the other.
+struct Terms {
+  float* rows;     // sum of a query's pairs with earlier chunks of its segment, over the heads of its group
+  float* columns;  // array d: sum of a key's pairs with the d-th chunk after its own; array 0: pairs within the chunk
+                   // that lie around the token
+  float* states;   // a query's pairs with tokens before the segment, then a key's with those after it, each in parts
+                   // of kTileColumns value channels; null where no segment has a neighbour
+  int64_t array;   // size of one
+  int columns_count, state_parts;
+};
+
+__device__ __forceinline__ float* array_at(const DecayGradientArgs& args, float* arrays, int64_t size, int which,
+                                           const Segment& segment, int kv_head) {
+  const int64_t row = static_cast<int64_t>(segment.batch) * args.scan.num_kv_heads + kv_head;
+  return arrays + which * size + row * args.scan.tokens;
+}
+
+__device__ __forceinline__ int chunk_count(const Segment& segment) {
+  return static_cast<int>((segment.end - segment.begin + kChunk - 1) / kChunk);
+}
+
+// log2 of the decays of tokens 2 lane and 2 lane + 1 of a chunk, 0 behind the segment.
+__device__ __forceinline__ void load_log_decay(float (&log_decay)[2], const ScanArgs& scan, const Segment& segment,
+                                               int kv_head, int chunk) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t token = segment.begin + static_cast<int64_t>(chunk) * kChunk + 2 * (threadIdx.x % 32) + i;
+    log_decay[i] = 0.f;
+    if (token >= segment.end) continue;
+    const int64_t at = segment.batch * scan.g_batch_stride + token * scan.g_token_stride + kv_head * scan.g_head_stride;
+    log_decay[i] = fmaxf(scan.g[at], kSmallestLogDecay) * kLog2E;
+  }
+}
+
+// Sums of x over tokens 0 .. 2 lane + i of a chunk.
+__device__ __forceinline__ void sum_up_to(float (&sums)[2], const float (&x)[2]) {
+  const int lane = threadIdx.x % 32;
+  float sum = x[0] + x[1];
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float other = __shfl_up_sync(kAllLanes, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  const float before = __shfl_up_sync(kAllLanes, sum, 1);
+  sums[0] = (lane == 0 ? 0.f : before) + x[0];
+  sums[1] = sum;
+}
+
+// Sums of x over tokens 2 lane + i .. 63 of a chunk.
+__device__ __forceinline__ void sum_from(float (&sums)[2], const float (&x)[2]) {
+  const int lane = threadIdx.x % 32;
+  float sum = x[0] + x[1];
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float other = __shfl_down_sync(kAllLanes, sum, distance);
+    if (lane + distance < 32) sum += other;
+  }
+  const float after = __shfl_down_sync(kAllLanes, sum, 1);
+  sums[1] = (lane == 31 ? 0.f : after) + x[1];
+  sums[0] = sum;
+}
 
 __device__ __forceinline__ float sum_over_warp(float x) {
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
   return x;
 }
 
-__device__ __forceinline__ int64_t boundary(const hf_linattn_problem& p, int n) {
-  return p.cu_seqlens_is_int64 ? static_cast<const int64_t*>(p.cu_seqlens)[n]
-                               : static_cast<int64_t>(static_cast<const int32_t*>(p.cu_seqlens)[n]);
+// 1 / den and along of one row, 0 and 0 of no row.
+struct RowNumbers {
+  float scale, along;
+};
+__device__ __forceinline__ RowNumbers row_numbers(const ScanArgs& scan, const Segment& segment, int head,
+                                                  int64_t token) {
+  if (token >= segment.end) return {0.f, 0.f};
+  if (!scan.normalize) return {1.f, 0.f};
+  const int64_t at = (static_cast<int64_t>(segment.batch) * scan.num_heads + head) * scan.tokens + token;
+  return {1.f / guarded(scan.den[at]), scan.along[at]};
 }
 
-template <class T>
-__device__ __forceinline__ const T* vector_at(const hf_linattn_tensor& x, int64_t batch, int64_t token, int64_t head) {
-  return static_cast<const T*>(x.data) + batch * x.batch_stride + token * x.token_stride + head * x.head_stride;
-}
+// One chunk of queries with its own and all earlier chunks of keys of the segment. Warp w has query rows 16w .. 16w+15.
+template <class Engine, int kDim>
+struct PairSums {
+  using Element = typename Engine::Element;
+  using FragmentA = typename Engine::FragmentA;
+  using Tile = typename Engine::template Tile<kChunk, kDim>;
+  static constexpr int kScores = Engine::kScoreColumns;
+  static constexpr int kUnroll = std::is_same_v<Element, __nv_bfloat16> ? kDim / 16 : 1;
 
-// This lane's share of x . y.
-template <class T>
-__device__ __forceinline__ float partial_dot(const T* x, const T* y, int dim) {
-  float sum = 0;
-#pragma unroll 1
-  for (int c = static_cast<int>(threadIdx.x) % kWarp; c < dim; c += kWarp) sum += to_float(x[c]) * to_float(y[c]);
-  return sum;
-}
+  // Shared memory: q, do, the stages of k and v, then what every warp keeps for itself.
+  static constexpr int kStageBytes = 2 * Tile::kBytes;
+  static constexpr int kColumnBytes = kSegmentChunks * kChunk * 4, kWarpBytes = kColumnBytes + 2 * kChunk * 4;
+  static constexpr int smem_bytes(int num_stages) { return (1 + num_stages) * kStageBytes + kWarps * kWarpBytes; }
 
-// This lane's share of the row terms of one token, over the heads of the group.
-template <class T>
-__device__ __forceinline__ float partial_row(const hf_linattn_problem& p, const hf_linattn_gradients& d,
-                                             const float* along, int64_t batch, int64_t token, int kv_head) {
-  const int group = p.num_heads / p.num_kv_heads, first = kv_head * group, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t first_row = (batch * p.num_heads + first) * p.tokens + token;  // of [B, H, T]
-  float sum = 0;
-  if (!p.normalize && along != nullptr) {
-    for (int h = lane; h < group; h += kWarp) sum += along[first_row + h * p.tokens];
-    return sum;
+  const DecayGradientArgs& args;
+  const ScanArgs& scan;
+  const Segment segment;
+  const int kv_head, chunk, num_stages;
+  const uint32_t base, own;
+  const int lane, warp, g, t;
+  float row_sum[2] = {0.f, 0.f};
+
+  __device__ __forceinline__ PairSums(const DecayGradientArgs& args, const Segment& segment, int kv_head, int chunk,
+                                      int num_stages)
+      : args(args),
+        scan(args.scan),
+        segment(segment),
+        kv_head(kv_head),
+        chunk(chunk),
+        num_stages(num_stages),
+        base(ptx::smem_address(ptx::dynamic_smem())),
+        own(base + (1 + num_stages) * kStageBytes + threadIdx.x / 32 * kWarpBytes),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        g(threadIdx.x % 32 / 4),
+        t(threadIdx.x % 4) {}
+
+  __device__ __forceinline__ float* column_sums() const { return &shared_at<float>(own); }
+  __device__ __forceinline__ float* row_decay() const { return &shared_at<float>(own + kColumnBytes); }
+  __device__ __forceinline__ float* column_decay() const { return row_decay() + kChunk; }
+  __device__ __forceinline__ int64_t first_token(int of_chunk) const {
+    return segment.begin + static_cast<int64_t>(of_chunk) * kChunk;
   }
-  for (int h = 0; h < group; ++h) {
-    if (p.normalize && !(fabsf(d.den[first_row + h * p.tokens]) < kDenominatorEps)) continue;
-    sum += partial_dot(vector_at<T>(d.d_o, batch, token, first + h), vector_at<T>(d.o, batch, token, first + h),
-                       p.value_dim);
-  }
-  return sum;
-}
 
-// dG of kTokensPerBlock tokens of one kv head into dg, a warp for each token.
-template <class T>
-__global__ void __launch_bounds__(kTermThreads)
-    decay_gradient_terms_kernel(const hf_linattn_problem p, const hf_linattn_gradients d, const float* columns,
-                                const float* along, int blocks_per_row) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int row = static_cast<int>(blockIdx.x) / blocks_per_row;  // of [B, H_kv]
-  const int kv_head = row % p.num_kv_heads;
-  const int64_t batch = row / p.num_kv_heads;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) % blocks_per_row * kTokensPerBlock + warp * kTokensPerWarp;
-  const int64_t end = p.cu_seqlens == nullptr ? p.tokens : boundary(p, p.num_sequences);
-  float* const dg = d.dg + batch * p.tokens * p.num_kv_heads + kv_head;
+  __device__ __forceinline__ void run(const Terms& terms) {
+    for (int i = lane; i < (chunk + 1) * kChunk; i += 32) column_sums()[i] = 0.f;
+    float own_decay[2], sums[2];
+    load_log_decay(own_decay, scan, segment, kv_head, chunk);
+    sum_up_to(sums, own_decay);
+    row_decay()[2 * lane] = sums[0];
+    row_decay()[2 * lane + 1] = sums[1];
+    __syncwarp();
+    const int group = scan.num_heads / scan.num_kv_heads;
+    for (int member = 0; member < group; ++member) add_head(kv_head * group + member);
 
-  const int parts = column_units(p.value_dim);
-  const int64_t part_size = static_cast<int64_t>(p.batch) * p.num_kv_heads * p.tokens;
-
-  for (int i = 0; i < kTokensPerWarp; ++i) {
-    const int64_t token = first + i;
-    if (token >= p.tokens) break;
-    float term = 0;
-    // Tokens behind the last boundary belong to no sequence.
-    if (token < end) {
-      term = partial_row<T>(p, d, along, batch, token, kv_head);
-      for (int part = lane; part < parts; part += kWarp) term -= columns[part * part_size + row * p.tokens + token];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      row_sum[i] += __shfl_xor_sync(kAllLanes, row_sum[i], 1);
+      row_sum[i] += __shfl_xor_sync(kAllLanes, row_sum[i], 2);
+      const int64_t token = first_token(chunk) + 16 * warp + g + 8 * i;
+      float* const to = array_at(args, terms.rows, terms.array, 0, segment, kv_head);
+      if (t == 0 && token < segment.end) to[token] = row_sum[i];
     }
-    term = sum_over_warp(term);
-    if (lane == 0) dg[token * p.num_kv_heads] = term;
+    __syncthreads();
+    for (int i = threadIdx.x; i < (chunk + 1) * kChunk; i += kWarpgroupThreads) {
+      const int64_t token = segment.begin + i;
+      if (token >= segment.end) continue;
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        sum += shared_at<float>(base + (1 + num_stages) * kStageBytes + w * kWarpBytes + 4 * i);
+      }
+      array_at(args, terms.columns, terms.array, chunk - i / kChunk, segment, kv_head)[token] = sum;
+    }
   }
+
+ private:
+  __device__ __forceinline__ void load_keys(int of_chunk, uint32_t stage) {
+    const int64_t first = first_token(of_chunk);
+    copy_tile<Element, Tile, kDim>(stage, args.k, segment.batch, kv_head, first, segment.end, 0);
+    copy_tile<Element, Tile, kDim>(stage + Tile::kBytes, args.v, segment.batch, kv_head, first, segment.end, 0);
+    ptx::cp_async_commit();
+  }
+
+  __device__ __forceinline__ void add_head(int head) {
+    __syncthreads();  // the tiles of the head before are read
+    const int64_t first = first_token(chunk);
+    copy_tile<Element, Tile, kDim>(base, args.q, segment.batch, head, first, segment.end, 0);
+    copy_tile<Element, Tile, kDim>(base + Tile::kBytes, args.d_o, segment.batch, head, first, segment.end, 0);
+    load_keys(chunk, base + kStageBytes);
+    float scale[2], along[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const RowNumbers row = row_numbers(scan, segment, head, first + 16 * warp + g + 8 * i);
+      scale[i] = row.scale;
+      along[i] = row.along;
+    }
+    float distance = 0.f;  // log2 of the decay of the chunks between this one and the keys'
+    float next_decay[2] = {0.f, 0.f};
+    if (chunk > 0) load_log_decay(next_decay, scan, segment, kv_head, chunk - 1);
+    int stage = 0;
+    for (int keys = chunk; keys >= 0; --keys) {
+      if (keys < chunk) {
+        float sums[2];
+        sum_from(sums, next_decay);
+        // From the token after a key on.
+        const float next = __shfl_down_sync(kAllLanes, sums[0], 1);
+        __syncwarp();  // the factors of the chunk before are read
+        column_decay()[2 * lane] = exp2f(distance + sums[1]);
+        column_decay()[2 * lane + 1] = exp2f(distance + (lane == 31 ? 0.f : next));
+        distance += __shfl_sync(kAllLanes, sums[0], 0);
+        __syncwarp();
+        if (keys > 0) load_log_decay(next_decay, scan, segment, kv_head, keys - 1);
+      }
+      const bool is_last = keys == 0 || exp2f(distance) == 0.f;  // all weights beyond are 0
+      const uint32_t tiles = base + kStageBytes * (1 + stage);
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      if (num_stages > 1 && !is_last) {
+        stage ^= 1;
+        load_keys(keys - 1, base + kStageBytes * (1 + stage));
+      }
+      if (keys == chunk) {
+        add_pairs<true>(tiles, keys, scale, along);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) scale[i] *= exp2f(row_decay()[16 * warp + g + 8 * i]);
+      } else {
+        add_pairs<false>(tiles, keys, scale, along);
+      }
+      if (is_last) break;
+      if (num_stages == 1) {
+        __syncthreads();
+        load_keys(keys - 1, base + kStageBytes);
+      }
+    }
+  }
+
+  // p [16, kScores] = this warp's rows of x times rows first .. of y.
+  __device__ __forceinline__ void multiply(float (&p)[kScores / 2], uint32_t x, uint32_t y, int first) {
+    Engine::start(p);
+#pragma unroll(kUnroll)
+    for (int k = 0; k < kDim / 16; ++k) {
+      FragmentA a;
+      Engine::template load_a<Tile>(a, x, 16 * warp, 16 * k);
+      Engine::template gemm_nk<kScores, Tile>(p, a, y + first * Tile::kRowBytes, 16 * k, true);
+    }
+  }
+
+  // Adds the pairs of this warp's rows with a chunk of keys. Off the diagonal to row_sum and column_sums; on it, the
+  // columns receive what lies around their token.
+  template <bool kDiagonal>
+  __device__ __forceinline__ void add_pairs(uint32_t tiles, int keys, const float (&scale)[2],
+                                            const float (&along)[2]) {
+    float sums[kChunk / 4];  // of columns 8n + 2t + e, over rows g and g + 8: n and e
+    float before[2] = {0.f, 0.f};
+#pragma unroll
+    for (int first = 0; first < kChunk; first += kScores) {
+      float p[kScores / 2], d[kScores / 2];
+      multiply(p, base, tiles, first);
+      multiply(d, base + Tile::kBytes, tiles + Tile::kBytes, first);
+#pragma unroll
+      for (int i = 0; i < kScores / 2; ++i) {
+        p[i] = (scan.b * p[i] + scan.a) * (d[i] - along[i / 2 % 2]) * scale[i / 2 % 2];
+      }
+#pragma unroll
+      for (int n = 0; n < kScores / 8; ++n) {
+        const int column = first + 8 * n + 2 * t;
+        float(&sum)[2] = reinterpret_cast<float(&)[2]>(sums[2 * (first / 8 + n)]);
+        sum[0] = sum[1] = 0.f;
+        if constexpr (kDiagonal) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float(&pair)[2] = reinterpret_cast<const float(&)[2]>(p[4 * n + 2 * half]);
+            add_diagonal(sum, pair, before[half], 16 * warp + g + 8 * half, column);
+          }
+        } else {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float factor = column_decay()[column + e];
+            row_sum[0] += p[4 * n + e] * factor;
+            row_sum[1] += p[4 * n + 2 + e] * factor;
+            sum[e] = (p[4 * n + e] + p[4 * n + 2 + e]) * factor;
+          }
+        }
+      }
+    }
+    add_columns(sums, keys);
+  }
+
+  // Two neighbours of a row on the diagonal, undecayed. `sum` receives the sum of the row's earlier keys, for columns
+  // that are not later than the row. `before`: sum of the row in the columns before those of the four lanes.
+  __device__ __forceinline__ void add_diagonal(float (&sum)[2], const float (&pair)[2], float& before, int row,
+                                               int column) {
+    float m[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      m[e] = column + e <= row ? pair[e] * exp2f(row_decay()[row] - row_decay()[column + e]) : 0.f;
+    }
+    float up_to = m[0] + m[1];
+#pragma unroll
+    for (int lanes = 1; lanes < 4; lanes *= 2) {
+      const float other = __shfl_up_sync(kAllLanes, up_to, lanes);
+      if (t >= lanes) up_to += other;
+    }
+    const float other = __shfl_up_sync(kAllLanes, up_to, 1);
+    const float earlier = t == 0 ? before : before + other;
+    if (column <= row) sum[0] += earlier;
+    if (column + 1 <= row) sum[1] += earlier + m[0];
+    before += __shfl_sync(kAllLanes, up_to, lane | 3);
+  }
+
+  // column_sums of a chunk of keys += sums over the eight lanes with the same columns; every step halves the columns
+  // that a lane holds, until lane (g, t) has 8g + 2t and 8g + 2t + 1.
+  __device__ __forceinline__ void add_columns(float (&sums)[kChunk / 4], int keys) {
+    halve<8>(sums, 16);
+    halve<4>(sums, 8);
+    halve<2>(sums, 4);
+    float* const to = column_sums() + keys * kChunk + 8 * g + 2 * t;
+    to[0] += sums[0];
+    to[1] += sums[1];
+  }
+  template <int kKept>
+  __device__ __forceinline__ void halve(float (&sums)[kChunk / 4], int lanes) {
+    const bool is_upper = (lane & lanes) != 0;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const float lower = sums[i], upper = sums[i + kKept];
+      sums[i] = (is_upper ? upper : lower) + __shfl_xor_sync(kAllLanes, is_upper ? lower : upper, lanes);
+    }
+  }
+};
+
+template <class Engine, int kDim>
+__global__ void __launch_bounds__(kWarpgroupThreads, 1)
+    pair_sums_kernel(const __grid_constant__ DecayGradientArgs args, Terms terms, int num_stages) {
+  // Late chunks have most to do: first.
+  const int heads = args.scan.num_kv_heads, slots = args.scan.num_slots;
+  const int kv_head = blockIdx.x % heads, slot = blockIdx.x / heads % slots;
+  const int chunk = terms.columns_count - 1 - static_cast<int>(blockIdx.x / (heads * slots));
+  const Segment segment = find_segment(args.scan, slot);
+  if (!segment.exists || chunk >= chunk_count(segment)) return;
+  PairSums<Engine, kDim>(args, segment, kv_head, chunk, num_stages).run(terms);
+}
+
+// The state at one end of a segment; null where there is none.
+struct SegmentState {
+  const float *kv, *key_sum, *value_sum, *weight_sum;
+};
+__device__ __forceinline__ SegmentState state_at(const DecayGradientArgs& args, const Segment& segment, int kv_head,
+                                                 bool is_after) {
+  const bool is_end = is_after ? segment.is_last : segment.is_first;
+  const hf_linattn_state& from =
+      is_after ? (is_end ? args.d_last : args.d_carried) : (is_end ? args.first : args.carried);
+  const int boundary = segment.slot - segment.sequence - (is_after ? 0 : 1);
+  const int64_t index = static_cast<int64_t>(is_end ? segment.sequence : boundary) * args.scan.num_kv_heads + kv_head;
+  return {entry(from.kv, index, int64_t{args.scan.feature_dim} * args.scan.value_dim),
+          entry(from.key_sum, index, args.scan.feature_dim), entry(from.value_sum, index, args.scan.value_dim),
+          entry(from.weight_sum, index, 1)};
+}
+
+// Pairs of the tokens of a segment with the state before it (tokens as queries) or after it (as keys): with q, do or
+// k, v as x, z, the row sums of z * (x . state), for kTileColumns columns of z. Warp w has rows 16w .. 16w+15 of every
+// chunk.
+template <class Engine, int kDim>
+struct StateTerms {
+  using Element = typename Engine::Element;
+  using FragmentA = typename Engine::FragmentA;
+  using XTile = typename Engine::template Tile<kChunk, kDim>;
+  using ZTile = typename Engine::template Tile<kChunk, kTileColumns>;
+  using StateTile = typename Engine::template Tile<kDim, kTileColumns>;
+  static constexpr int kStateParts = Engine::kIsRounding ? 2 : 1;
+  static constexpr int kUnroll = std::is_same_v<Element, __nv_bfloat16> ? kDim / 16 : 1;
+
+  static constexpr int kZ = XTile::kBytes, kState = kZ + ZTile::kBytes;
+  static constexpr int kKeySum = kState + kStateParts * StateTile::kBytes, kValueSum = kKeySum + kDim * 4;
+  static constexpr int kDecay = kValueSum + kTileColumns * 4;  // of every warp: [kChunk]
+  static constexpr int kSmemBytes = kDecay + kWarps * kChunk * 4;
+
+  static __device__ __forceinline__ void put_state(uint32_t tile, int row, int column, float value) {
+    const float high = Engine::round(value);
+    put_part(tile, row, column, high);
+    if (kStateParts > 1) put_part(tile + StateTile::kBytes, row, column, Engine::round(value - high));
+  }
+  static __device__ __forceinline__ void put_part(uint32_t tile, int row, int column, float value) {
+    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+      put_element<StateTile>(tile, row, column, __float2bfloat16_rn(value));
+    } else {
+      put_element<StateTile>(tile, row, column, value);
+    }
+  }
+  static __device__ __forceinline__ float z_at(uint32_t tile, int row, int column) {
+    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+      return __bfloat162float(shared_at<__nv_bfloat16>(tile + ZTile::offset(row, column)));
+    } else {
+      return shared_at<float>(tile + ZTile::offset(row, column));
+    }
+  }
+
+  static __device__ __forceinline__ void run(const DecayGradientArgs& args, const Segment& segment, int kv_head,
+                                             int part, bool is_after, float* to) {
+    const ScanArgs& scan = args.scan;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const SegmentState state = state_at(args, segment, kv_head, is_after);
+    if (state.kv == nullptr) {
+      for (int64_t i = segment.begin + threadIdx.x; i < segment.end; i += kWarpgroupThreads) to[i] = 0.f;
+      return;
+    }
+    const uint32_t base = ptx::smem_address(ptx::dynamic_smem());
+    float* const key_sum = &shared_at<float>(base + kKeySum);
+    float* const value_sum = &shared_at<float>(base + kValueSum);
+    float* const decay = &shared_at<float>(base + kDecay + warp * kChunk * 4);
+    const int column0 = part * kTileColumns, features = scan.feature_dim, values = scan.value_dim;
+    for (int i = threadIdx.x; i < kDim * kTileColumns; i += kWarpgroupThreads) {
+      const int row = i / kTileColumns, column = i % kTileColumns;
+      const bool is_inside = row < features && column0 + column < values;
+      put_state(base + kState, row, column, is_inside ? state.kv[row * values + column0 + column] : 0.f);
+    }
+    // The plain sums belong to no column: the first part has them.
+    const bool with_key_sum = part == 0 && state.key_sum != nullptr;
+    for (int i = threadIdx.x; i < kDim; i += kWarpgroupThreads) {
+      key_sum[i] = with_key_sum && i < features ? state.key_sum[i] : 0.f;
+    }
+    for (int i = threadIdx.x; i < kTileColumns; i += kWarpgroupThreads) {
+      value_sum[i] = state.value_sum != nullptr && column0 + i < values ? state.value_sum[column0 + i] : 0.f;
+    }
+    const float weight_sum = part == 0 && state.weight_sum != nullptr ? *state.weight_sum : 0.f;
+
+    const Rows &x = is_after ? args.k : args.q, &z = is_after ? args.v : args.d_o;
+    const int members = is_after ? 1 : scan.num_heads / scan.num_kv_heads, chunks = chunk_count(segment);
+    // The state before holds bare sums: a and b come with the read. The one after holds them already.
+    const float a = is_after ? 1.f : scan.a, b = is_after ? 1.f : scan.b;
+    float distance = 0.f;  // log2 of the decay between the chunk and the state
+    for (int step = 0; step < chunks; ++step) {
+      const int chunk = is_after ? chunks - 1 - step : step;
+      const int64_t first = segment.begin + static_cast<int64_t>(chunk) * kChunk;
+      const bool is_gone = exp2f(distance) == 0.f;
+      float log_decay[2], sums[2];
+      load_log_decay(log_decay, scan, segment, kv_head, chunk);
+      if (is_after) {
+        sum_from(sums, log_decay);
+        const float total = __shfl_sync(kAllLanes, sums[0], 0), next = __shfl_down_sync(kAllLanes, sums[0], 1);
+        sums[0] = sums[1];  // from the token after the key on
+        sums[1] = lane == 31 ? 0.f : next;
+        __syncwarp();
+        decay[2 * lane] = exp2f(distance + sums[0]), decay[2 * lane + 1] = exp2f(distance + sums[1]);
+        distance += total;
+      } else {
+        sum_up_to(sums, log_decay);
+        __syncwarp();
+        decay[2 * lane] = exp2f(distance + sums[0]), decay[2 * lane + 1] = exp2f(distance + sums[1]);
+        distance += __shfl_sync(kAllLanes, sums[1], 31);
+      }
+      __syncwarp();
+      float sum[2] = {0.f, 0.f};
+      for (int member = 0; member < members && !is_gone; ++member) {
+        const int head = kv_head * members + member;
+        __syncthreads();  // the tiles before are read
+        copy_tile<Element, XTile, kDim>(base, x, segment.batch, head, first, segment.end, 0);
+        copy_tile<Element, ZTile, kTileColumns>(base + kZ, z, segment.batch, head, first, segment.end, column0);
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        float read[kTileColumns / 2], read_sum[4] = {0.f, 0.f, 0.f, 0.f};
+        Engine::start(read);
+#pragma unroll(kUnroll)
+        for (int k = 0; k < kDim / 16; ++k) {
+          FragmentA rows;
+          Engine::template load_a<XTile>(rows, base, 16 * warp, 16 * k);
+#pragma unroll
+          for (int of = 0; of < kStateParts; ++of) {
+            const uint32_t tile = base + kState + of * StateTile::kBytes;
+            Engine::template gemm_kn<kTileColumns, StateTile>(read, rows, tile, 16 * k, true);
+          }
+          if (with_key_sum) {
+            float column[4];  // 0 and 1 of eight: the sums, in two rounded parts
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float value = key_sum[16 * k + 2 * t + i / 2 * 8 + i % 2], high = Engine::round(value);
+              column[i] = g == 0 ? high : g == 1 ? value - high : 0.f;
+            }
+            Engine::mma(read_sum, rows, Engine::pack_b(column));
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = 16 * warp + g + 8 * half;
+          const RowNumbers numbers =
+              is_after ? RowNumbers{1.f, -1.f} : row_numbers(scan, segment, head, first + row);
+          float term = 0.f;
+#pragma unroll
+          for (int i = 2 * half; i < kTileColumns / 2; i += i % 2 == 0 ? 1 : 3) {
+            const int column = i / 4 * 8 + 2 * t + i % 2;
+            term += (b * read[i] + a * value_sum[column]) * z_at(base + kZ, row, column);
+          }
+          // The column of the denominator: as a value, of one; as a gradient of its row, -along.
+          term -= numbers.along * (b * (read_sum[2 * half] + read_sum[2 * half + 1]) + (t == 0 ? a * weight_sum : 0.f));
+          sum[half] += term * numbers.scale;
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[half] += __shfl_xor_sync(kAllLanes, sum[half], 1);
+        sum[half] += __shfl_xor_sync(kAllLanes, sum[half], 2);
+        const int row = 16 * warp + g + 8 * half;
+        if (t == 0 && first + row < segment.end) to[first + row] = sum[half] * decay[row];
+      }
+    }
+  }
+};
+
+template <class Engine, int kDim>
+__global__ void __launch_bounds__(kWarpgroupThreads, 1)
+    state_terms_kernel(const __grid_constant__ DecayGradientArgs args, Terms terms) {
+  const int array = blockIdx.x % (2 * terms.state_parts), part = array % terms.state_parts;
+  const int block = blockIdx.x / (2 * terms.state_parts), kv_head = block % args.scan.num_kv_heads;
+  const Segment segment = find_segment(args.scan, block / args.scan.num_kv_heads);
+  if (!segment.exists) return;
+  StateTerms<Engine, kDim>::run(args, segment, kv_head, part, /*is_after=*/array != part,
+                                array_at(args, terms.states, terms.array, array, segment, kv_head));
 }
 
 // This thread's share of x . y over `size` elements.
-__device__ __forceinline__ float partial_state_dot(const float* x, const float* y, int64_t row, int size) {
-  if (x == nullptr || y == nullptr) return 0;
-  float sum = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < size; i += kSumThreads) sum += x[row * size + i] * y[row * size + i];
+__device__ __forceinline__ float partial_dot(const float* x, const float* y, int size) {
+  float sum = 0.f;
+  if (x == nullptr || y == nullptr) return sum;
+  for (int i = threadIdx.x; i < size; i += kSumThreads) sum += x[i] * y[i];
   return sum;
 }
 
-// dg = its own sum from the end of each sequence; a block for one sequence and kv head.
-__global__ void __launch_bounds__(kSumThreads)
-    decay_gradient_sum_kernel(const hf_linattn_problem p, const hf_linattn_gradients d) {
-  float* const warp_sums = reinterpret_cast<float*>(ptx::dynamic_smem());  // [2][kSumWarps]
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
-  const int sequence = static_cast<int>(blockIdx.x) / p.num_kv_heads;
-  const int kv_head = static_cast<int>(blockIdx.x) % p.num_kv_heads;
-  const int64_t state_row = blockIdx.x, batch = p.cu_seqlens == nullptr ? sequence : 0;
-  const int64_t begin = p.cu_seqlens == nullptr ? 0 : boundary(p, sequence);
-  const int64_t end = p.cu_seqlens == nullptr ? p.tokens : boundary(p, sequence + 1);
-  float* const dg = d.dg + batch * p.tokens * p.num_kv_heads + kv_head;
+// What the warps of decay_gradient_kernel, each with a chunk, tell each other.
+struct ChunkSums {
+  float around[kSegmentChunks];                  // this warp's share of the product of the states
+  float log_decay[kSegmentChunks];
+  float queries[kSegmentChunks], keys[kSegmentChunks];  // pairs of the chunk's tokens with what is outside the segment
+  float blocks[kSegmentChunks][kSegmentChunks];  // pairs of a chunk of keys with a later one of queries
+};
 
-  float share = partial_state_dot(d.d_final.kv, d.final_state.kv, state_row, p.feature_dim * p.value_dim) +
-                partial_state_dot(d.d_final.key_sum, d.final_state.key_sum, state_row, p.feature_dim) +
-                partial_state_dot(d.d_final.value_sum, d.final_state.value_sum, state_row, p.value_dim) +
-                partial_state_dot(d.d_final.weight_sum, d.final_state.weight_sum, state_row, 1);
-  share = sum_over_warp(share);
-  if (lane == 0) warp_sums[kSumWarps + warp] = share;
-  __syncthreads();
-  float carry = 0;  // sum of all that comes later; the final state first
-  for (int w = 0; w < kSumWarps; ++w) carry += warp_sums[kSumWarps + w];
+// dg of the tokens of one segment and kv head; a warp for each chunk.
+__global__ void __launch_bounds__(kSumThreads, 1)
+    decay_gradient_kernel(const __grid_constant__ DecayGradientArgs args, Terms terms) {
+  ChunkSums& shared = *reinterpret_cast<ChunkSums*>(ptx::dynamic_smem());
+  const ScanArgs& scan = args.scan;
+  const int lane = threadIdx.x % 32, chunk = threadIdx.x / 32;
+  const int kv_head = blockIdx.x % scan.num_kv_heads;
+  const Segment segment = find_segment(scan, blockIdx.x / scan.num_kv_heads);
+  if (!segment.exists) return;
+  const int chunks = chunk_count(segment);
+  const int64_t first = segment.begin + static_cast<int64_t>(chunk) * kChunk + 2 * lane;
 
-  // Positions count from the sequence's end. A thread has kTokensPerThread neighbours of each tile, those of the next
-  // tile already under way.
-  const int64_t length = end - begin;
-  float ahead[kTokensPerThread] = {};
-  const auto load_tile = [&](int64_t tile) {
+  const auto load = [&](float (&x)[2], float* arrays, int which) {
+    const float* const from = array_at(args, arrays, terms.array, which, segment, kv_head);
 #pragma unroll
-    for (int j = 0; j < kTokensPerThread; ++j) {
-      const int64_t position = tile + thread * kTokensPerThread + j;
-      ahead[j] = position < length ? dg[(end - 1 - position) * p.num_kv_heads] : 0;
-    }
+    for (int i = 0; i < 2; ++i) x[i] = first + i < segment.end ? from[first + i] : 0.f;
   };
-  load_tile(0);
-  int buffer = 0;
-  for (int64_t tile = 0; tile < length; tile += kTile, buffer ^= 1) {
-    float sums[kTokensPerThread];
-#pragma unroll
-    for (int j = 0; j < kTokensPerThread; ++j) sums[j] = ahead[j] + (j > 0 ? sums[j - 1] : 0);
-    load_tile(tile + kTile);
-    float with_lane = sums[kTokensPerThread - 1];  // becomes the sum of this lane and those before it
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const float x = __shfl_up_sync(kAllLanes, with_lane, distance);
-      if (lane >= distance) with_lane += x;
+  // Of this lane's tokens: as query and as key, with tokens of other chunks, of other segments.
+  float own[2] = {0.f, 0.f}, as_query[2] = {0.f, 0.f}, as_key[2] = {0.f, 0.f}, log_decay[2] = {0.f, 0.f};
+  float query_outside[2] = {0.f, 0.f}, key_outside[2] = {0.f, 0.f};
+  if (chunk < chunks) {
+    load_log_decay(log_decay, scan, segment, kv_head, chunk);
+    load(own, terms.columns, 0);
+    load(as_query, terms.rows, 0);
+    for (int later = chunk + 1; later < chunks; ++later) {
+      float x[2];
+      load(x, terms.columns, later - chunk);
+      as_key[0] += x[0], as_key[1] += x[1];
+      const float sum = sum_over_warp(x[0] + x[1]);
+      if (lane == 0) shared.blocks[chunk][later] = sum;
     }
-    // Two buffers: a slow warp may still read those of the tile before.
-    if (lane == kWarp - 1) warp_sums[buffer * kSumWarps + warp] = with_lane;
-    float before = __shfl_up_sync(kAllLanes, with_lane, 1);
-    if (lane == 0) before = 0;
-    __syncthreads();
-    float total = 0;
-    for (int w = 0; w < kSumWarps; ++w) {
-      if (w == warp) before += total;
-      total += warp_sums[buffer * kSumWarps + w];
+    for (int part = 0; part < terms.state_parts && terms.states != nullptr; ++part) {
+      float x[2];
+      load(x, terms.states, part);
+      query_outside[0] += x[0], query_outside[1] += x[1];
+      load(x, terms.states, terms.state_parts + part);
+      key_outside[0] += x[0], key_outside[1] += x[1];
     }
+  }
+  const SegmentState before = state_at(args, segment, kv_head, false), after = state_at(args, segment, kv_head, true);
+  float share = partial_dot(before.kv, after.kv, scan.feature_dim * scan.value_dim) +
+                partial_dot(before.key_sum, after.key_sum, scan.feature_dim) +
+                partial_dot(before.value_sum, after.value_sum, scan.value_dim) +
+                partial_dot(before.weight_sum, after.weight_sum, 1);
+  share = sum_over_warp(share);
+  const float chunk_decay = sum_over_warp(log_decay[0] + log_decay[1]);
+  const float queries_here = sum_over_warp(query_outside[0] + query_outside[1]);
+  const float keys_here = sum_over_warp(key_outside[0] + key_outside[1]);
+  if (lane == 0) {
+    shared.around[chunk] = share;
+    shared.log_decay[chunk] = chunk_decay;
+    shared.queries[chunk] = queries_here;
+    shared.keys[chunk] = keys_here;
+  }
+  __syncthreads();
+
+  float product = 0.f, total_decay = 0.f, common = 0.f;  // common: pairs around the whole chunk
+  for (int i = 0; i < kSegmentChunks; ++i) {
+    product += shared.around[i];
+    total_decay += shared.log_decay[i];
+    common += i < chunk ? shared.keys[i] : i > chunk ? shared.queries[i] : 0.f;
+    for (int later = chunk + 1; i < chunk && later < chunks; ++later) common += shared.blocks[i][later];
+  }
+  common += product * exp2f(total_decay);
 #pragma unroll
-    for (int j = 0; j < kTokensPerThread; ++j) {
-      const int64_t position = tile + thread * kTokensPerThread + j;
-      if (position < length) dg[(end - 1 - position) * p.num_kv_heads] = carry + before + sums[j];
+  for (int i = 0; i < 2; ++i) as_query[i] += query_outside[i], as_key[i] += key_outside[i];
+  float from_here[2], up_to_here[2];
+  sum_from(from_here, as_query);
+  sum_up_to(up_to_here, as_key);
+  const float before_here = __shfl_up_sync(kAllLanes, up_to_here[1], 1);
+  up_to_here[1] = up_to_here[0];  // a key that is the token itself does not count
+  up_to_here[0] = lane == 0 ? 0.f : before_here;
+  float* const dg = args.dg + static_cast<int64_t>(segment.batch) * scan.tokens * scan.num_kv_heads + kv_head;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (first + i < segment.end) dg[(first + i) * scan.num_kv_heads] = own[i] + from_here[i] + up_to_here[i] + common;
+  }
+  // Tokens behind the last packed sequence belong to none.
+  if (scan.cu_seqlens != nullptr && segment.sequence == scan.num_sequences - 1 && segment.is_last) {
+    for (int64_t token = segment.end + threadIdx.x; token < scan.tokens; token += kSumThreads) {
+      dg[token * scan.num_kv_heads] = 0.f;
     }
-    carry += total;
   }
 }
 
-template <class T>
-int launch_terms(const hf_linattn_problem& p, const hf_linattn_gradients& d, const float* columns, const float* along,
-                 cudaStream_t stream) {
-  const int64_t blocks_per_row = (p.tokens + kTokensPerBlock - 1) / kTokensPerBlock;
-  const int64_t blocks = blocks_per_row * p.batch * p.num_kv_heads;
-  if (blocks > INT32_MAX) return set_error("decay gradient: %lld blocks are too many", static_cast<long long>(blocks));
-  return launch(decay_gradient_terms_kernel<T>, dim3(static_cast<unsigned>(blocks)), kTermThreads, 0, stream, p, d,
-                columns, along, static_cast<int>(blocks_per_row));
+int chunks_of_segment(int64_t tokens) {
+  return static_cast<int>((std::min(tokens, kDecaySegment) + kChunk - 1) / kChunk);
+}
+int state_parts_of(int value_dim) { return (value_dim + kTileColumns - 1) / kTileColumns; }
+
+int check_blocks(int64_t blocks) {
+  if (blocks <= INT32_MAX) return 0;
+  return set_error("decay gradient: %lld blocks are more than a grid holds", static_cast<long long>(blocks));
+}
+
+template <class Engine, int kDim>
+int launch_terms_of_dim(const DecayGradientArgs& args, const Terms& terms, cudaStream_t stream) {
+  using Pairs = PairSums<Engine, kDim>;
+  using States = StateTerms<Engine, kDim>;
+  const int64_t units = static_cast<int64_t>(args.scan.num_kv_heads) * args.scan.num_slots;
+  const int limit = smem_limit(), num_stages = Pairs::smem_bytes(2) <= limit ? 2 : 1;
+  const int needed = std::max(Pairs::smem_bytes(num_stages), terms.states == nullptr ? 0 : States::kSmemBytes);
+  if (needed > limit) {
+    return set_error("decay gradient: %d bytes of shared memory a block are needed, the device has %d", needed, limit);
+  }
+  const int64_t pair_blocks = units * terms.columns_count, state_blocks = units * 2 * terms.state_parts;
+  if (int error = check_blocks(std::max(pair_blocks, state_blocks))) return error;
+  if (int error = launch(pair_sums_kernel<Engine, kDim>, dim3(static_cast<unsigned>(pair_blocks)), kWarpgroupThreads,
+                         Pairs::smem_bytes(num_stages), stream, args, terms, num_stages)) {
+    return error;
+  }
+  if (terms.states == nullptr) return 0;
+  return launch(state_terms_kernel<Engine, kDim>, dim3(static_cast<unsigned>(state_blocks)), kWarpgroupThreads,
+                States::kSmemBytes, stream, args, terms);
+}
+
+template <class Engine>
+int launch_terms(const DecayGradientArgs& args, const Terms& terms, cudaStream_t stream) {
+  const int dim = std::max(args.scan.feature_dim, args.scan.value_dim);
+  if (dim <= 64) return launch_terms_of_dim<Engine, 64>(args, terms, stream);
+  if (dim <= 128) return launch_terms_of_dim<Engine, 128>(args, terms, stream);
+  if constexpr (std::is_same_v<Engine, Bf16Mma>) {
+    if (dim <= 256) return launch_terms_of_dim<Engine, 256>(args, terms, stream);
+  }
+  return set_error("decay gradient: dimension %d is more than the kernels take", dim);
 }
 
 }  // namespace
 
-int run_decay_gradient(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients, const float* columns,
-                       const float* along, void* stream) {
-  const hf_linattn_problem& p = *problem;
-  const hf_linattn_gradients& d = *gradients;
-  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
-  if (p.tokens == 0 || p.batch == 0) return 0;
-  const int error = p.dtype == HF_LINATTN_BF16   ? launch_terms<__nv_bfloat16>(p, d, columns, along, cuda_stream)
-                    : p.dtype == HF_LINATTN_FP16 ? launch_terms<__half>(p, d, columns, along, cuda_stream)
-                                                 : launch_terms<float>(p, d, columns, along, cuda_stream);
-  if (error != 0 || p.num_sequences == 0) return error;
-  const int64_t blocks = static_cast<int64_t>(p.num_sequences) * p.num_kv_heads;
-  if (blocks > INT32_MAX) return set_error("decay gradient: %lld blocks are too many", static_cast<long long>(blocks));
-  return launch(decay_gradient_sum_kernel, dim3(static_cast<unsigned>(blocks)), kSumThreads,
-                2 * kSumWarps * sizeof(float), cuda_stream, p, d);
+int64_t decay_gradient_floats(const hf_linattn_problem& problem) {
+  const int64_t arrays = 1 + chunks_of_segment(problem.tokens) + 2 * state_parts_of(problem.value_dim);
+  return arrays * problem.batch * problem.num_kv_heads * problem.tokens;
+}
+
+int run_decay_gradient(int dtype, const DecayGradientArgs& args, void* stream) {
+  const ScanArgs& scan = args.scan;
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  if (scan.num_slots == 0 || scan.tokens == 0) return 0;
+  Terms terms = {};
+  const int64_t batch = scan.cu_seqlens == nullptr ? scan.num_sequences : 1;
+  terms.array = batch * scan.num_kv_heads * scan.tokens;
+  terms.columns_count = chunks_of_segment(scan.tokens);
+  terms.state_parts = state_parts_of(scan.value_dim);
+  terms.rows = args.workspace;
+  terms.columns = terms.rows + terms.array;
+  const bool has_states = args.first.kv != nullptr || args.d_last.kv != nullptr;
+  if (has_states || scan.num_slots > scan.num_sequences) {
+    terms.states = terms.columns + terms.columns_count * terms.array;
+  }
+  const int error = dtype == HF_LINATTN_BF16   ? launch_terms<Bf16Mma>(args, terms, on)
+                    : dtype == HF_LINATTN_FP16 ? launch_terms<Tf32Mma<1, __half>>(args, terms, on)
+                                               : launch_terms<Tf32Mma<3, float>>(args, terms, on);
+  if (error != 0) return error;
+  const int64_t blocks = static_cast<int64_t>(scan.num_kv_heads) * scan.num_slots;
+  return launch(decay_gradient_kernel, dim3(static_cast<unsigned>(blocks)), kSumThreads, sizeof(ChunkSums), on,
+                args, terms);
 }
 
 }  // namespace hf_linattn

@@ -50,9 +50,9 @@ typedef struct {
 } hf_linattn_problem;
 
 typedef struct {
-  hf_linattn_tensor o, d_o;       // [B,T,H,V]: output of the forward, its gradient
+  hf_linattn_tensor d_o;          // [B,T,H,V]: gradient of the output
   const float* den;               // [B,H,T] of the forward; null without normalize
-  hf_linattn_state d_final, final_state;  // gradient of the final state (or all null); the state itself, for dg only
+  hf_linattn_state d_final;       // gradient of the final state, or all null
   hf_linattn_tensor dq, dk, dv;   // as q, k, v
   float* dg;                      // [B,T,H_kv] contiguous, or null
   hf_linattn_state d_initial;     // gradient of the initial state; all null: not wanted

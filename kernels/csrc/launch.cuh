@@ -75,6 +75,7 @@ int launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, s
 
 inline int multiprocessor_count() { return emulation::setting("HF_LINATTN_EMULATED_SMS", 4); }
 inline int compute_capability() { return emulation::setting("HF_LINATTN_EMULATED_CAPABILITY", 90); }
+inline int smem_limit() { return static_cast<int>(emulation::smem_limit(compute_capability())); }
 
 template <class... P>
 int compiled_architecture(void (*)(P...)) {
@@ -168,6 +169,9 @@ inline int compute_capability() {
   const int minor = device_attribute<cudaDevAttrComputeCapabilityMinor>();
   return major < 0 || minor < 0 ? -1 : 10 * major + minor;
 }
+
+// Shared memory that a block may ask for on the current device; negative on an error.
+inline int smem_limit() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
 
 // Virtual architecture of the kernel's code on the current device, 90 for sm_90a; negative on an error. Lower than the
 // device's where the library was built without that architecture.

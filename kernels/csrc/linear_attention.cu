@@ -4,7 +4,8 @@
 //   backward   [state, prefix]  dq and do.o   [state of the gradient, prefix from the end]  dk  dv  [dg]
 //
 // The bracketed state passes run when sequences are cut into segments, and always when not causal (then a sum takes the
-// place of the prefix). Scans of one call share their workspace; the stream orders them.
+// place of the prefix). Scans of one call share their workspace; the stream orders them. dg reads the states of both
+// passes, at boundaries of its own choice (decay_gradient.h).
 #include <algorithm>
 
 #include "decay_gradient.h"
@@ -17,6 +18,7 @@ namespace hf_linattn {
 namespace {
 
 constexpr int64_t kShortestSegment = 1024;  // its state, 64 KB at 128 x 128, is a tenth of what it reads
+constexpr int64_t kAnyLength = INT64_MAX;
 constexpr size_t kAlignment = 256;
 
 // Hands out pieces of the workspace; with a null base it only counts.
@@ -51,8 +53,8 @@ Rows rows_of(const hf_linattn_tensor& tensor, int dim) {
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Cut sequences so that `units` CTAs a sequence and segment fill the multiprocessors, once. A segment costs a second read
-// of k and v, so that a grid that half fills them by itself stays whole.
-void plan_segments(const hf_linattn_problem& problem, int64_t units, ScanArgs& args) {
+// of k and v, so that a grid that half fills them by itself stays whole. No segment is longer than `longest`.
+void plan_segments(const hf_linattn_problem& problem, int64_t units, int64_t longest, ScanArgs& args) {
   const int64_t processors = std::max(multiprocessor_count(), 1);
   int64_t segment;
   if (problem.cu_seqlens == nullptr) {
@@ -63,7 +65,7 @@ void plan_segments(const hf_linattn_problem& problem, int64_t units, ScanArgs& a
   } else {
     segment = std::max(kShortestSegment, ceil_div(problem.tokens * units, processors));
   }
-  args.segment_tokens = ceil_div(segment, kChunk) * kChunk;
+  args.segment_tokens = ceil_div(std::min(segment, longest), kChunk) * kChunk;
   args.num_slots = static_cast<int>(problem.cu_seqlens == nullptr
                                         ? problem.batch * std::max<int64_t>(ceil_div(problem.tokens, args.segment_tokens), 1)
                                         : problem.tokens / args.segment_tokens + problem.num_sequences);
@@ -107,9 +109,9 @@ int run_scan(const hf_linattn_problem& problem, ScanKind kind, const ScanArgs& a
 // Readies args for a scan over `heads` heads and `columns` columns: cuts sequences into segments and finds the state each
 // starts from, by passes of `state_kind` over state_args' y and z. `total` receives what a scan that is not causal reads.
 int prepare_states(const hf_linattn_problem& problem, ScanKind state_kind, ScanArgs state_args, int columns,
-                   Workspace& workspace, const hf_linattn_state* total, bool only_count, ScanArgs& args, void* stream) {
+                   int64_t longest_segment, Workspace& workspace, const hf_linattn_state* total, bool only_count, ScanArgs& args, void* stream) {
   const int heads = is_reverse(state_kind) ? problem.num_kv_heads : problem.num_heads;
-  plan_segments(problem, heads * ceil_div(columns, kTileColumns), args);
+  plan_segments(problem, heads * ceil_div(columns, kTileColumns), longest_segment, args);
   state_args.segment_tokens = args.segment_tokens;
   state_args.num_slots = args.num_slots;
   state_args.first = args.first;
@@ -154,8 +156,8 @@ int forward(const hf_linattn_problem& problem, const hf_linattn_tensor& o, float
   args.den = den;
   args.first = problem.initial_state;
   if (final_state != nullptr) args.last = *final_state;
-  if (int error = prepare_states(problem, ScanKind::kState, forward_state_args(problem), problem.value_dim, workspace,
-                                 final_state, only_count, args, stream)) {
+  if (int error = prepare_states(problem, ScanKind::kState, forward_state_args(problem), problem.value_dim,
+                                 kAnyLength, workspace, final_state, only_count, args, stream)) {
     return error;
   }
   return only_count ? 0 : run_scan(problem, ScanKind::kOutput, args, stream);
@@ -166,30 +168,30 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   if (is_empty(problem)) return 0;
   const int features = problem.feature_dim, values = problem.value_dim;
   const int64_t rows = int64_t{problem.batch} * problem.num_heads * problem.tokens;
-  const bool with_along = problem.normalize || gradients.dg != nullptr;
-  float* along = with_along ? workspace.floats(rows) : nullptr;
-  float* extra_out = gradients.dg == nullptr
-                         ? nullptr
-                         : workspace.floats(column_units(values) * int64_t{problem.batch} *
-                                                  problem.num_kv_heads * problem.tokens);
+  const bool needs_dg = gradients.dg != nullptr;
+  float* along = problem.normalize ? workspace.floats(rows) : nullptr;
+  float* dg_terms = needs_dg ? workspace.floats(decay_gradient_floats(problem)) : nullptr;
+  const int64_t longest_segment = needs_dg ? kDecaySegment : kAnyLength;
   const Rows d_o = rows_of(gradients.d_o, values);
 
   ScanArgs query = common_args(problem);
   query.den = const_cast<float*>(gradients.den);
   query.along = along;
   query.x = d_o;
-  query.other = rows_of(problem.q, features);
+  query.q = rows_of(problem.q, features);
   query.y = rows_of(problem.v, values);
   query.z = rows_of(problem.k, features);
   query.out = rows_of(gradients.dq, features);
   query.first = problem.initial_state;
-  Workspace forward_states = workspace, backward_states = workspace;  // one after the other in the same place
-  if (int error = prepare_states(problem, ScanKind::kState, forward_state_args(problem), features, forward_states,
-                                 nullptr, only_count, query, stream)) {
+  Workspace forward_states = workspace;
+  if (int error = prepare_states(problem, ScanKind::kState, forward_state_args(problem), features, longest_segment,
+                                 forward_states, nullptr, only_count, query, stream)) {
     return error;
   }
+  // In the place of the others, unless dg wants both.
+  Workspace backward_states = needs_dg ? forward_states : workspace;
   // The portable kernels find do.o in a run of their own.
-  if (with_along && chosen_path(problem, ScanKind::kQueryGrad, query) == HF_LINATTN_PATH_SM80) {
+  if (problem.normalize && chosen_path(problem, ScanKind::kQueryGrad, query) == HF_LINATTN_PATH_SM80) {
     ScanArgs products = query;
     products.along = nullptr;
     products.out = {};
@@ -211,8 +213,8 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   sources.z = d_o;
   ScanArgs value = sources, key = sources;
   value.first = gradients.d_final;
-  if (int error = prepare_states(problem, ScanKind::kStateGrad, sources, std::max(features, values), backward_states,
-                                 nullptr, only_count, value, stream)) {
+  if (int error = prepare_states(problem, ScanKind::kStateGrad, sources, std::max(features, values), longest_segment,
+                                 backward_states, nullptr, only_count, value, stream)) {
     return error;
   }
   workspace = backward_states.used() > forward_states.used() ? backward_states : forward_states;
@@ -228,11 +230,22 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   value.x = rows_of(problem.k, features);
   value.out = rows_of(gradients.dv, values);
   value.last = gradients.d_initial;
-  value.extra_out = extra_out;
-  value.other = rows_of(problem.v, values);
   if (int error = run_scan(problem, ScanKind::kKeyGrad, key, stream)) return error;
   if (int error = run_scan(problem, ScanKind::kValueGrad, value, stream)) return error;
-  return gradients.dg == nullptr ? 0 : run_decay_gradient(&problem, &gradients, extra_out, along, stream);
+  if (!needs_dg) return 0;
+  DecayGradientArgs decay = {};
+  decay.scan = query;
+  decay.q = sources.y;
+  decay.k = value.x;
+  decay.v = query.y;
+  decay.d_o = d_o;
+  decay.first = query.first;
+  decay.carried = query.carried;
+  decay.d_last = value.first;
+  decay.d_carried = value.carried;
+  decay.workspace = dg_terms;
+  decay.dg = gradients.dg;
+  return run_decay_gradient(problem.dtype, decay, stream);
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ struct Rows {  // [batch, token, head, dim], dim contiguous, strides in elements
 
 struct ScanArgs {
   Rows x, y, z, out;
-  Rows other;  // with the columns of the output. kQueryGrad: q; kValueGrad with extra_out: v
+  Rows q;  // kQueryGrad: for do.o
   int num_heads, num_kv_heads, feature_dim, value_dim;
   int64_t tokens;
   // Sequences are cut into segments, each owned by one CTA per head and tile. Slot numbers: see find_segment.
@@ -66,10 +66,9 @@ struct ScanArgs {
   float a, b;
   int normalize;
   float* den;       // [B,H,T]: written by kOutput, read by all gradients; null without normalize
-  float* along;     // [B,H,T] do.o, 0 where den is held at eps: of kQueryGrad, read by the gradients; or null
-  // [units of 32 columns,B,heads,T] output times other, and with the first columns the output's extra one; or null.
-  // kValueGrad: for the gradient of the decay. kQueryGrad of the portable kernels: in place of dq (run_along).
-  float* extra_out;
+  float* along;     // [B,H,T] do.o, 0 where den is held at eps: of kQueryGrad, read by the gradients; null without normalize
+  float* extra_out; // [units of 32 columns,B,H,T], or null. kQueryGrad of the portable kernels: parts of do.o times den, in
+                    // place of dq (run_along)
   hf_linattn_state first;    // by sequence: state to start from; null members count as zero
   hf_linattn_state last;     // by sequence: where a scan leaves the state at the far end; null members are not wanted
   // Between neighbouring segments of a sequence lies a boundary; state kinds write to it what the segment on the near

@@ -18,14 +18,6 @@ static int scan_sm80(ScanKind kind, bool is_causal, int dtype, const ScanArgs& a
   return set_error("unknown dtype %d", dtype);
 }
 
-int smem_limit() {
-#ifdef HF_LINATTN_EMULATION
-  return 227 * 1024;
-#else
-  return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
-#endif
-}
-
 int run_scan_sm80(ScanKind kind, bool is_causal, int dtype, const ScanArgs& args, void* stream) {
   return scan_sm80(kind, is_causal, dtype, args, /*only_check=*/false, stream);
 }

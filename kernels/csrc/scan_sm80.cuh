@@ -5,6 +5,7 @@
 
 #include "launch.cuh"
 #include "scan_warpgroup.cuh"
+#include "tile_copy.cuh"
 
 namespace hf_linattn {
 
@@ -50,54 +51,18 @@ struct CopyPipe {
       const int64_t first = work.first_token(work.chunk_at(step, chunks));
       const uint32_t base = stages + next_stage * kStageBytes;
       const ScanArgs& args = work.args;
-      if (kLoadsX) load<XTile, Work::kRowsPadded>(base, args.x, work.head, first, 0);
+      const int batch = work.segment.batch;
+      const int64_t end = work.segment.end;
+      if (kLoadsX) copy_tile<Element, XTile, Work::kRowsPadded>(base, args.x, batch, work.head, first, end, 0);
       if (kLoadsSources) {
         const int head = work.source_head(member);
-        load<XTile, Work::kRowsPadded>(base + kY, args.y, head, first, 0);
-        load<ZTile, Work::kColumns>(base + kZ, args.z, head, first, work.column0);
+        copy_tile<Element, XTile, Work::kRowsPadded>(base + kY, args.y, batch, head, first, end, 0);
+        copy_tile<Element, ZTile, Work::kColumns>(base + kZ, args.z, batch, head, first, end, work.column0);
       }
       if (++member == members) member = 0, ++step;
       ptx::cp_async_commit();
     }
     if (num_stages > 1) next_stage ^= 1;
-  }
-
-  // Rows first .. first+63 of one head, columns column0 .. ; what lies beyond the segment or the tensor becomes zero.
-  template <class Layout, int kWidth>
-  __device__ __forceinline__ void load(uint32_t tile, const Rows& rows, int head, int64_t first, int column0) {
-    const Element* base = static_cast<const Element*>(rows.data) + hidden(work.segment.batch) * rows.batch_stride +
-                          hidden(head) * rows.head_stride + first * rows.token_stride + column0;
-    const int columns = rows.dim - column0 < kWidth ? rows.dim - column0 : kWidth;
-    const int64_t left = work.segment.end - first;
-    const int valid = left < kChunk ? static_cast<int>(left) : kChunk;
-    const bool is_aligned = (reinterpret_cast<uintptr_t>(base) | rows.token_stride * sizeof(Element)) % 16 == 0;
-    constexpr int kPerUnit = 16 / sizeof(Element);  // elements of a 16-byte copy
-    constexpr bool kConverts = std::is_same_v<Element, __half>;
-    if (!kConverts && is_aligned) {
-      constexpr int kUnits = kWidth / kPerUnit;
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kChunk * kUnits; i += kWarpgroupThreads) {
-        const int row = i / kUnits, column = i % kUnits * kPerUnit;
-        const int elements = row >= valid ? 0 : min(max(columns - column, 0), kPerUnit);
-        const Element* from = elements > 0 ? base + row * rows.token_stride + column : base;
-        ptx::cp_async_16(tile + Layout::offset(row, column), from, elements * static_cast<int>(sizeof(Element)));
-      }
-    } else {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kChunk * kWidth; i += kWarpgroupThreads) {
-        const int row = i / kWidth, column = i % kWidth;
-        const bool is_inside = row < valid && column < columns;
-        put<Layout>(tile, row, column, is_inside ? base[row * rows.token_stride + column] : Element(0.f));
-      }
-    }
-  }
-  template <class Layout>
-  __device__ __forceinline__ void put(uint32_t tile, int row, int column, __nv_bfloat16 value) {
-    shared_at<__nv_bfloat16>(tile + Layout::offset(row, column)) = value;
-  }
-  template <class Layout, class Wide>
-  __device__ __forceinline__ void put(uint32_t tile, int row, int column, Wide value) {
-    shared_at<float>(tile + Layout::offset(row, column)) = static_cast<float>(value);
   }
 };
 
@@ -128,7 +93,7 @@ __device__ __forceinline__ void run_portable_scan(Work& work, Pipe& pipe) {
       if constexpr (Work::kHasOutput) {
         typename Work::FragmentA x[Work::kXFragments];
         if (member == 0) {
-          if (work.with_extra()) work.read_row_sums(rows.extra, x, stage.x);
+          if (work.reads_extra()) work.read_row_sums(rows.extra, x, stage.x);
           work.read_state(rows.o, x, stage.x);
           work.finish_read(rows);
         }
@@ -179,9 +144,6 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1) scan_sm80_kernel(const _
   CopyPipe<Work> pipe(work, base, num_stages);
   run_portable_scan(work, pipe);
 }
-
-// Shared memory that a CTA may ask for on this device.
-int smem_limit();
 
 template <class Engine, ScanKind kKind, bool kCausal, int kRows>
 int launch_scan_sm80(const ScanArgs& args, bool only_check, cudaStream_t stream) {

@@ -27,9 +27,9 @@ int check_scan_sm90(ScanKind kind, int dtype, const ScanArgs& args) {
   if (kind == ScanKind::kQueryGrad && args.z.dim > 4 * kTileColumns) {
     return set_error("the Hopper kernels take feature dimensions up to 256, got %d", args.z.dim);
   }
-  const bool with_x = !forms_state_only(kind), with_other = kind == ScanKind::kQueryGrad;
+  const bool with_x = !forms_state_only(kind), with_q = kind == ScanKind::kQueryGrad;
   if (!is_tileable(args.y) || !is_tileable(args.z) || (with_x && !is_tileable(args.x)) ||
-      (with_other && !is_tileable(args.other))) {
+      (with_q && !is_tileable(args.q))) {
     return set_error("an address or stride is not a multiple of 16 bytes");
   }
   return 0;

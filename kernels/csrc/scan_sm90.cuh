@@ -26,7 +26,7 @@ HF_LINATTN_BOTH_SIDES constexpr int threads_sm90(ScanKind kind, int tiles) {
 }
 
 struct TileMaps {
-  CUtensorMap x, y, z, other;
+  CUtensorMap x, y, z, q;
 };
 
 #if HF_LINATTN_HAS_SM90
@@ -37,8 +37,8 @@ struct Layout90 {
   static constexpr int kXBytes = Work::XTile::kBytes, kZBytes = Work::ZTile::kBytes;
   static constexpr int kY = Work::kHasOutput ? kXBytes : 0;
   static constexpr int kZ = kY + (Work::kHasSources ? kXBytes : 0);
-  static constexpr int kOther = kZ + (Work::kHasSources ? kTiles * kZBytes : 0);
-  static constexpr int kStageBytes = kOther + (Work::kProjects ? kZBytes : 0);
+  static constexpr int kQ = kZ + (Work::kHasSources ? kTiles * kZBytes : 0);
+  static constexpr int kStageBytes = kQ + (Work::kProjects ? kZBytes : 0);
   static constexpr int kRowWarps = Work::kHasOutput ? kRowGroups * 4 : 0, kStateWarps = kTiles * 4;
   static constexpr int kConsumerWarps = kRowWarps + (Work::kHasSources ? kStateWarps : 0);
   static constexpr int kRowTokenBytes = Work::kRowArrays * Work::kTokenArrayBytes;
@@ -97,7 +97,7 @@ struct RingPipe {
     ptx::mbarrier_wait(Layout::full(base, taken), parity);
     const uint32_t tiles = Layout::stage(base, taken);
     if (++taken == Layout::kStages) taken = 0, parity ^= 1;
-    return {tiles, tiles + Layout::kY, tiles + Layout::kZ + z_tile * Layout::kZBytes, tiles + Layout::kOther};
+    return {tiles, tiles + Layout::kY, tiles + Layout::kZ + z_tile * Layout::kZBytes, tiles + Layout::kQ};
   }
   __device__ __forceinline__ void release() {
     __syncwarp();
@@ -124,13 +124,13 @@ __device__ __forceinline__ void produce(const ScanArgs& args, const TileMaps& ma
       const uint32_t full = Layout::full(base, stage), tiles = Layout::stage(base, stage);
       const bool with_x = Work::kHasOutput && member == 0;
       const int source_bytes = Work::kHasSources ? Layout::kXBytes + kTiles * Layout::kZBytes : 0;
-      const bool with_other = Work::kProjects && args.along != nullptr;
-      ptx::mbarrier_arrive_expect_tx(full, (with_x ? Layout::kXBytes : 0) + source_bytes + (with_other ? Layout::kZBytes : 0));
+      const bool with_q = Work::kProjects && args.normalize;
+      ptx::mbarrier_arrive_expect_tx(full, (with_x ? Layout::kXBytes : 0) + source_bytes + (with_q ? Layout::kZBytes : 0));
       auto load = [&](uint32_t to, const CUtensorMap& map, int column, int from_head) {
         ptx::tma_load_4d(to, &map, full, column, from_head, token, segment.batch);
       };
       for (int half = 0; with_x && half < kHalves; ++half) load(tiles + half * kHalfBytes, maps.x, 64 * half, head);
-      if (with_other) load(tiles + Layout::kOther, maps.other, column0, head);
+      if (with_q) load(tiles + Layout::kQ, maps.q, column0, head);
       if (Work::kHasSources) {
         const int source_head = Work::kReverse ? head * group + member : Work::kStateOnly ? head : head / group;
         for (int half = 0; half < kHalves; ++half) {
@@ -301,7 +301,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
         if (Work::kHasSources || step == own) ptx::mbarrier_wait(Layout::published(base, own), step / kRowGroups % 2);
         work.read_state(rows.o, x, stage.x);
         Engine::commit();
-        if (work.with_extra()) work.read_row_sums(rows.extra, x, stage.x);
+        if (work.reads_extra()) work.read_row_sums(rows.extra, x, stage.x);
       }
       typename Work::FragmentA weights[kChunk / 16];
       if constexpr (Work::kHasSources) {
@@ -317,7 +317,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
         Engine::keep(rows.o);
         work.finish_read(rows);
         if constexpr (Work::kProjects) {
-          if (work.args.along != nullptr) work.start_keys(rows);
+          if (work.args.normalize) work.start_keys(rows);
         }
         if (Work::kHasSources) {
           __syncwarp();
@@ -325,14 +325,10 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
         }
       }
       if constexpr (Work::kHasSources) {
-        if (Work::kReverse && work.with_extra()) {
-#pragma unroll
-          for (int k = 0; k < kChunk / 16; ++k) Engine::mma(rows.extra, weights[k], work.extra_column(k));
-        }
         multiply_weights<Work>(rows.o, weights, stage.z);
       }
       if constexpr (Work::kProjects && Work::kHasSources) {
-        if (work.args.along != nullptr) {
+        if (work.args.normalize) {
 #pragma unroll 1
           for (int part = 0; part < Work::kKeyParts; ++part) {
 #pragma unroll
@@ -342,9 +338,9 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
         }
       }
       if constexpr (Work::kProjects) {
-        if (work.args.along != nullptr) {
+        if (work.args.normalize) {
           float part[2], along[2];
-          work.partial_along(rows, stage.other, part);
+          work.partial_along(rows, stage.q, part);
           sum_over_cluster<Work, Layout>(work, base, own, step / kRowGroups, cluster, part, along);
           work.project(rows, along, first, valid);
         }
@@ -439,8 +435,8 @@ inline int make_tile_maps(ScanKind kind, bool is_causal, const ScanArgs& args, T
   if (!forms_state_only(kind)) {
     const int heads = by_kv_head ? args.num_kv_heads : args.num_heads;
     if (int error = map(&maps.x, args.x, heads)) return error;
-    if (kind == ScanKind::kQueryGrad && args.along != nullptr) {
-      if (int error = map(&maps.other, args.other, heads)) return error;
+    if (kind == ScanKind::kQueryGrad && args.normalize) {
+      if (int error = map(&maps.q, args.q, heads)) return error;
     }
   }
   if (is_causal || forms_state_only(kind)) {

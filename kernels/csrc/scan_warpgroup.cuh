@@ -18,7 +18,7 @@ constexpr int kWarpgroupThreads = 128;
 
 // Where the tiles of a chunk lie in shared memory.
 struct StageTiles {
-  uint32_t x, y, z, other;
+  uint32_t x, y, z, q;
 };
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -108,8 +108,7 @@ struct ScanWarpgroup {
   static constexpr bool kProjects = kRowConstant && Engine::kIsAsync;
   static constexpr int kKeyParts = kDecay ? 2 : 1;  // of the weights in z, whose error would not cancel
   // dq is a difference of two sums over all keys that nearly cancel: its state operand keeps twice the bits.
-  // So does that of dv under decay, for dg.
-  static constexpr bool kCancels = kKind == ScanKind::kQueryGrad || (kKind == ScanKind::kValueGrad && kDecay);
+  static constexpr bool kCancels = kKind == ScanKind::kQueryGrad;
   static constexpr int kStateParts = kCancels && Engine::kIsRounding ? 2 : 1;
   static constexpr int kRowsPadded = kRows, kColumns = kCols;
   static constexpr int kStateTiles = kRows / 64;
@@ -121,9 +120,9 @@ struct ScanWarpgroup {
   static constexpr int kOwnColumns = kCols / 4;  // of the column sums, by warp
 
   // Per-token numbers of the chunk in work; every warp keeps its own copy, so that no barrier is needed. Rows need the
-  // first four, the state the last three.
-  enum TokenArray { kLogDecay, kScoreFactor, kScoreOffset, kExtraValue, kStateFactor, kStateOffset, kTokenArrays };
-  static constexpr int kTokenArrayBytes = kChunk * 4, kRowArrays = 4, kFirstStateArray = kExtraValue;
+  // first three, the state the others.
+  enum TokenArray { kLogDecay, kScoreFactor, kScoreOffset, kStateFactor, kStateOffset, kExtraValue, kTokenArrays };
+  static constexpr int kTokenArrayBytes = kChunk * 4, kFirstStateArray = kStateFactor, kRowArrays = kFirstStateArray;
   static constexpr int kOperandBytes = kHasOutput ? kStateParts * StateTile::kBytes : 0;
   // Beside the operand: row sums, column sums, the extra column's own sum.
   static constexpr int kRowSums = 0, kColumnSums = kRows * 4, kCount = kColumnSums + kCols * 4, kSumBytes = kCount + 16;
@@ -174,11 +173,16 @@ struct ScanWarpgroup {
   __device__ __forceinline__ bool with_column_sums() const {
     return kTransposed ? args.normalize != 0 : args.a != 0.f;
   }
+  // The extra column is added to the state. dv only carries it, to the state that it leaves.
   __device__ __forceinline__ bool with_extra() const {
-    if (kRowConstant) return args.a != 0.f && (kProjects ? args.along : args.extra_out) != nullptr;
-    const bool is_wanted = kKind != ScanKind::kValueGrad || args.extra_out != nullptr || args.last.key_sum != nullptr;
+    const bool is_wanted = kRowConstant                       ? args.a != 0.f && (kProjects || args.extra_out != nullptr)
+                           : kKind == ScanKind::kValueGrad ? args.last.key_sum != nullptr
+                                                           : true;
     return kExtra && args.normalize && is_wanted;
   }
+  // ... and read with it.
+  static constexpr bool kReadsExtra = kKind == ScanKind::kOutput || kRowConstant;
+  __device__ __forceinline__ bool reads_extra() const { return kReadsExtra && with_extra(); }
   __device__ __forceinline__ float* token_array(int which) const {
     return &shared_at<float>(places.tokens + which * kTokenArrayBytes);
   }
@@ -194,8 +198,6 @@ struct ScanWarpgroup {
   __device__ __forceinline__ int valid_tokens(int64_t first) const {
     return segment.end - first < kChunk ? static_cast<int>(segment.end - first) : kChunk;
   }
-  // The state of the forward holds bare k v^T: b comes with every read of it. That of the backward holds b already.
-  __device__ __forceinline__ float read_factor() const { return kReverse ? 1.f : args.b; }
 
   // First state -> registers.
   __device__ __forceinline__ void load_state() {
@@ -298,7 +300,7 @@ struct ScanWarpgroup {
                                                  state[m], part);
       }
     }
-    if (with_extra()) {
+    if (reads_extra()) {
       float* sums = &shared_at<float>(places.sums + kRowSums);
 #pragma unroll
       for (int m = 0; m < kStateTiles; ++m) {
@@ -396,7 +398,6 @@ struct ScanWarpgroup {
         extra = -in.along[i];
       }
       if (!is_valid) factor = offset = 0.f;
-      if (kReverse && kExtra) token_array(kExtraValue)[token] = extra;
       if (kOfRows && kDecay) token_array(kLogDecay)[token] = up_to;
       if (kOfRows && kReverse) {
         token_array(kScoreFactor)[token] = factor;
@@ -405,6 +406,7 @@ struct ScanWarpgroup {
       if (kOfState) {
         token_array(kStateFactor)[token] = factor * from_here;
         token_array(kStateOffset)[token] = offset * from_here;
+        if (kReverse && kExtra) token_array(kExtraValue)[token] = extra;
       }
       added += offset * from_here * extra;
     }
@@ -487,12 +489,12 @@ struct ScanWarpgroup {
 #pragma unroll
       for (int i = 0; i < kCols / 2; ++i) o[i] += constant[i / 2 % 2] * sums[state_column(i)];
     }
-    if (with_extra()) {
+    if (reads_extra()) {
       const float before = kRowConstant ? 0.f : shared_at<float>(places.sums + kCount);
-      const float constant = t == 0 ? (kReverse ? before : args.a * before) : 0.f;
+      const float constant = t == 0 ? args.a * before : 0.f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (!kRowConstant) rows.extra[i] *= read_factor();
+        if (!kRowConstant) rows.extra[i] *= args.b;
         if (i % 2 == 0) rows.extra[i] += constant;
         if (kDecay) rows.extra[i] *= rows.factor[i / 2];
       }
@@ -519,7 +521,6 @@ struct ScanWarpgroup {
 #pragma unroll
       for (int k = 0; k < kScores / 16; ++k) {
         const FragmentA weights = weigh(p, k, first + 16 * k, rows, valid);
-        if (kReverse && with_extra()) Engine::mma(rows.extra, weights, extra_column(first / 16 + k));
         Engine::template gemm_kn<kCols, ZTile>(rows.o, weights, stage.z, first + 16 * k, true);
       }
     }
@@ -548,7 +549,7 @@ struct ScanWarpgroup {
           if (kReverse ? column < row || column >= valid : column > row) v[i] = 0.f;
         }
       }
-      if (kExtra && !kReverse) {
+      if (kReadsExtra) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) rows.weights[i / 2 % 2] += v[i];
       }
@@ -599,7 +600,7 @@ struct ScanWarpgroup {
       along[i] += __shfl_xor_sync(0xffffffffu, along[i], 1);
       along[i] += __shfl_xor_sync(0xffffffffu, along[i], 2);
       along[i] *= args.b;
-      if (column0 == 0 && with_extra()) along[i] += extra_sum(rows, i);
+      if (column0 == 0 && reads_extra()) along[i] += extra_sum(rows, i);
     }
   }
 
@@ -611,11 +612,9 @@ struct ScanWarpgroup {
       const int row = first_row + 8 * i;
       const int64_t at = (static_cast<int64_t>(batch) * args.num_heads + head) * args.tokens + first + row;
       // A row whose denominator is held at its floor is not a quotient: scaling its weights is no longer for nothing.
-      const bool is_held = args.normalize && fabsf(rows.den[i]) < kDenominatorEps;
-      rows.along[i] = is_held ? 0.f : args.normalize ? along[i] / rows.den[i] : along[i];
+      rows.along[i] = fabsf(rows.den[i]) < kDenominatorEps ? 0.f : along[i] / rows.den[i];
       if (column0 == 0 && t == 0 && row < valid) args.along[at] = rows.along[i];
     }
-    if (!args.normalize) return;
 #pragma unroll
     for (int i = 0; i < kCols / 2; ++i) rows.o[i] -= rows.along[i / 2 % 2] * rows.keys[i];
   }
@@ -764,7 +763,7 @@ struct ScanWarpgroup {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row + 8 * i;
-      if (kExtra && !kProjects && with_extra()) {
+      if (!kProjects && reads_extra()) {
         extra[i] = extra_sum(rows, i);
         if (kKind == ScanKind::kOutput) {
           row_scale[i] = 1.f / guarded(extra[i]);
@@ -774,9 +773,8 @@ struct ScanWarpgroup {
       }
       if (kRowConstant) row_scale[i] = args.normalize ? args.b / guarded(rows.den[i]) : args.b;
     }
-    if constexpr (kKind == ScanKind::kValueGrad || (kRowConstant && !kProjects)) {
-      if (args.extra_out != nullptr) write_column_terms(o, extra, first, valid);
-      if (kRowConstant && args.extra_out != nullptr) return;  // the run for do.o
+    if constexpr (kRowConstant && !kProjects) {
+      if (args.extra_out != nullptr) return write_column_terms(o, extra, first, valid);
     }
     Element* base = static_cast<Element*>(args.out.data) + batch * args.out.batch_stride +
                     head * args.out.head_stride + first * args.out.token_stride + column0;
@@ -784,35 +782,33 @@ struct ScanWarpgroup {
     write_rows(static_cast<Element*>(base), o, row_scale, valid, columns);
   }
 
-  // Row by row, the output times `other`, this warpgroup's columns of it, and with the first columns the extra one.
-  // kValueGrad: what a token loses of dg as a key (decay_gradient.cu); its terms nearly cancel, come from the same rounded
-  // weights, and must meet before dv is rounded. kQueryGrad: do.o times the denominator.
+  // In place of dq: do.o times the denominator, this warpgroup's columns of q . o, and with the first the extra column.
   __device__ __forceinline__ void write_column_terms(const float (&o)[kCols / 2], const float (&extra)[2], int64_t first,
                                                      int valid) {
-    const int heads = kReverse ? args.num_kv_heads : args.num_heads, units = column_units(args.z.dim);
-    const int64_t rows = static_cast<int64_t>(args.cu_seqlens == nullptr ? args.num_sequences : 1) * heads;
+    const int units = column_units(args.z.dim);
+    const int64_t rows = static_cast<int64_t>(args.cu_seqlens == nullptr ? args.num_sequences : 1) * args.num_heads;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t token = first + hidden(16 * warp + g + 8 * i);
       const bool is_inside = token < first + valid;
-      const Element* other = static_cast<const Element*>(args.other.data) + segment.batch * args.other.batch_stride +
-                             token * args.other.token_stride + head * args.other.head_stride;
+      const Element* q = static_cast<const Element*>(args.q.data) + segment.batch * args.q.batch_stride +
+                         token * args.q.token_stride + head * args.q.head_stride;
       float sum = 0.f;
 #pragma unroll
       for (int e = 2 * i; e < kCols / 2; e += e % 2 == 0 ? 1 : 3) {
         const int column = column0 + state_column(e);
-        if (is_inside && column < args.z.dim) sum += static_cast<float>(other[column]) * o[e];
+        if (is_inside && column < args.z.dim) sum += static_cast<float>(q[column]) * o[e];
       }
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (kRowConstant) sum *= args.b;
+      sum *= args.b;
       if (column0 == 0) sum += extra[i];
       if (t != 0 || !is_inside) continue;
 #pragma unroll
       for (int covered = 0; covered < kCols / kColumnUnit; ++covered) {
         const int unit = column0 / kColumnUnit + covered;
         if (unit >= units) continue;
-        const int64_t row = unit * rows + static_cast<int64_t>(segment.batch) * heads + head;
+        const int64_t row = unit * rows + static_cast<int64_t>(segment.batch) * args.num_heads + head;
         args.extra_out[row * args.tokens + token] = covered == 0 ? sum : 0.f;
       }
     }

@@ -1,7 +1,7 @@
 """`linear_attention` and its step on the compiled kernels: the calls, gradients and fake tensors.
 
-The ops themselves are defined in kernels/csrc/binding_torch.cpp. The backward keeps q, k, v, o, the denominators, the
-gates and the states at both ends: nothing that grows with T * K * V.
+The ops themselves are defined in kernels/csrc/binding_torch.cpp. The backward keeps q, k, v, the denominators, the
+gates and the initial state: nothing that grows with T * K * V.
 """
 
 import torch
@@ -59,9 +59,7 @@ class CudaLinearAttention(torch.autograd.Function):
     def forward(ctx, options, cu_seqlens, q, k, v, g, *first):
         _, _, _, _, output_final_state, _ = options
         o, den, final = _linear_forward(q, k, v, g, first, cu_seqlens, *options)
-        # d_final enters dg through <d_final, final>.
-        kept = final if output_final_state and ctx.needs_input_grad[5] else ()
-        ctx.save_for_backward(cu_seqlens, q, k, v, g, o, den, *first, *kept)
+        ctx.save_for_backward(cu_seqlens, q, k, v, g, den, *first)
         ctx.options = options
         if output_final_state and not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
@@ -70,22 +68,19 @@ class CudaLinearAttention(torch.autograd.Function):
     @staticmethod
     @where_grad_is_on(torch.autograd.function.once_differentiable)
     def backward(ctx, d_o, *d_final):
-        cu_seqlens, q, k, v, g, o, den, *members = ctx.saved_tensors
+        cu_seqlens, q, k, v, g, den, *first = ctx.saved_tensors
         a, b, normalize, causal, _, path = ctx.options
         needs_dg, *needs_d_first = ctx.needs_input_grad[5:]
-        first, final = members[: len(needs_d_first)], members[len(needs_d_first) :]
         has_d_final = any(x is not None for x in d_final)
         dq, dk, dv, dg, d_first = _linear_backward(
-            torch.zeros_like(o) if d_o is None else _unit_stride(d_o),
+            q.new_zeros(*q.shape[:3], v.shape[3]) if d_o is None else _unit_stride(d_o),
             q,
             k,
             v,
-            o,
             den,
             g,
             first,
             _given_state_gradient(d_final, q, k, v, cu_seqlens, a, normalize) if has_d_final else [],
-            final if has_d_final else [],
             cu_seqlens,
             a,
             b,
@@ -175,7 +170,7 @@ def _fake_linear_forward(q, k, v, g, initial_state, cu_seqlens, a, b, normalize,
     return o, den, _fake_state(output_final_state, q, k, v, cu_seqlens, a, normalize)
 
 
-def _fake_linear_backward(d_o, q, k, v, o, den, g, initial_state, d_final_state, final_state, *rest):
+def _fake_linear_backward(d_o, q, k, v, den, g, initial_state, d_final_state, *rest):
     cu_seqlens, a, b, normalize, causal, needs_dg, needs_d_initial_state, path = rest
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dg = q.new_empty(k.shape[:3], dtype=torch.float32) if needs_dg else None

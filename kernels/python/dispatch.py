@@ -31,7 +31,6 @@ def explain(
     op: str = "linear_attention",
     feature_dim: int | None = None,
     value_dim: int | None = None,
-    needs_decay_gradient: bool = False,
 ) -> tuple[str, str]:
     """Name the backend that runs for tensors of this device and dtype, and the reason.
 
@@ -43,7 +42,6 @@ def explain(
         op: name of the op.
         feature_dim: K, last dimension of q and k; None asks for a size that the compiled kernels take.
         value_dim: V, last dimension of v; None as for `feature_dim`.
-        needs_decay_gradient: g or g_gamma requires grad.
 
     Returns:
         (backend, reason), for example `("chunked", "default for bfloat16 on cpu: ...")`.
@@ -62,9 +60,6 @@ def explain(
         return backend, f"chosen by the {origin}"
     device = torch.device(device)
     problem = compiled_kernels_problem(device, dtype, op, feature_dim, value_dim)
-    if problem is None and needs_decay_gradient and dtype != torch.float32:
-        # It is the end of a sum over all later tokens of differences that nearly cancel: rounding drowns it.
-        problem = "the compiled kernels form the gradient of a decay for float32 only"
     if backend == "cuda":
         if problem is not None:
             raise ValueError(f"backend: 'cuda' was asked for by the {origin}, but {problem}; use 'chunked'")
@@ -73,16 +68,15 @@ def explain(
     return ("cuda", f"{default}: the compiled kernels") if problem is None else ("chunked", f"{default}: {problem}")
 
 
-def choose_backend(op: str, q: Tensor, v: Tensor, backend: str | None, decay: Tensor | None = None) -> str:
+def choose_backend(op: str, q: Tensor, v: Tensor, backend: str | None) -> str:
     """The backend for this call of `op`; says so once per op, backend and kind of device."""
-    needs_dg = decay is not None and decay.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        return _explain_call(op, q, v, backend, needs_dg)[0]
+        return _explain_call(op, q, v, backend)[0]
     named = os.environ.get(BACKEND_VARIABLE) if backend is None else None
-    key = (op, q.device, q.dtype, q.shape[-1], v.shape[-1], backend, named, needs_dg)
+    key = (op, q.device, q.dtype, q.shape[-1], v.shape[-1], backend, named)
     chosen = _dispatch_known.get(key)
     if chosen is None:
-        chosen, reason = _explain_call(op, q, v, backend, needs_dg)
+        chosen, reason = _explain_call(op, q, v, backend)
         _dispatch_known[key] = chosen
         if (op, chosen, q.device.type, reason) not in _dispatch_logged:
             _dispatch_logged.add((op, chosen, q.device.type, reason))
@@ -90,9 +84,8 @@ def choose_backend(op: str, q: Tensor, v: Tensor, backend: str | None, decay: Te
     return chosen
 
 
-def _explain_call(op: str, q: Tensor, v: Tensor, backend: str | None, needs_dg: bool) -> tuple[str, str]:
-    dims = {"feature_dim": q.shape[-1], "value_dim": v.shape[-1]}
-    return explain(q.device, q.dtype, backend, op=op, needs_decay_gradient=needs_dg, **dims)
+def _explain_call(op: str, q: Tensor, v: Tensor, backend: str | None) -> tuple[str, str]:
+    return explain(q.device, q.dtype, backend, op=op, feature_dim=q.shape[-1], value_dim=v.shape[-1])
 
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:

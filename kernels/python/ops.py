@@ -98,7 +98,7 @@ def linear_attention(
         "output_final_state": output_final_state,
         "cu_seqlens": cu_seqlens,
     }
-    chosen = choose_backend("linear_attention", q, v, backend, decay)
+    chosen = choose_backend("linear_attention", q, v, backend)
     if chosen == "cuda":
         return cuda_linear_attention(q, k, v, decay, **options)
     run = reference_linear_attention if chosen == "reference" else chunked_linear_attention
