@@ -48,6 +48,7 @@ struct SwizzledTile {
 
 struct Bf16Mma {
   using Element = __nv_bfloat16;
+  using OperandElement = __nv_bfloat16;  // of tiles in shared memory
   template <int kTileRows, int kTileCols>
   using Tile = SwizzledTile<kTileRows, kTileCols>;
   struct FragmentA {
@@ -96,6 +97,11 @@ struct Bf16Mma {
   }
   static __device__ __forceinline__ FragmentB pack_b(const float (&v)[4]) {
     return {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])};
+  }
+  // This lane's column of a fragment: rows 0, 1, 8 and 9 from `rows` on, or zeros.
+  static __device__ __forceinline__ FragmentB load_b_column(const OperandElement* rows, bool is_wanted) {
+    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(rows);
+    return {is_wanted ? pairs[0] : 0, is_wanted ? pairs[4] : 0};
   }
   // Factors f of columns 2t, 2t+1, 2t+8, 2t+9, in two rounded parts: a scaled element is rounded once.
   struct Factors {
@@ -207,6 +213,7 @@ struct PaddedTile {
 template <int kPasses, class ElementType>
 struct Tf32Mma {
   using Element = ElementType;
+  using OperandElement = float;
   template <int kTileRows, int kTileCols>
   using Tile = PaddedTile<kTileRows, kTileCols>;
   struct FragmentA {
@@ -255,6 +262,10 @@ struct Tf32Mma {
     return a;
   }
   static __device__ __forceinline__ FragmentB pack_b(const float (&v)[4]) { return {v[0], v[1], v[2], v[3]}; }
+  static __device__ __forceinline__ FragmentB load_b_column(const OperandElement* rows, bool is_wanted) {
+    if (!is_wanted) return {};
+    return {rows[0], rows[1], rows[8], rows[9]};
+  }
   struct Factors {
     float f[4];
   };

@@ -5,7 +5,7 @@
 //   state      keeps the state in registers, publishes it as an operand before each chunk, adds the chunk to it
 //   rows, two  take chunks in turn: scores, weights, what is read of the state, values, output
 //
-// Each warpgroup of rows has an operand buffer of its own: the state runs up to two chunks ahead of the output. Scans that
+// Each warpgroup of rows has an operand buffer of its own: the state runs as many chunks ahead of the output. Scans that
 // form the state alone have one state warpgroup for every 64 columns, and no rows. The CTAs of a head's dq are a cluster:
 // do.o of a row is a sum over all columns.
 #ifndef HF_LINATTN_SCAN_SM90_CUH_
@@ -17,10 +17,8 @@
 
 namespace hf_linattn {
 
-constexpr int kRowGroups = 2;
-
-// Warpgroups of a CTA, by role; `tiles`: of 64 columns of z that a CTA covers.
-HF_LINATTN_BOTH_SIDES constexpr int row_groups_of(ScanKind kind) { return forms_state_only(kind) ? 0 : kRowGroups; }
+// Warpgroups of a CTA, by role. `tiles`: of 64 columns of z that a CTA covers.
+HF_LINATTN_BOTH_SIDES constexpr int row_groups_of(ScanKind kind) { return forms_state_only(kind) ? 0 : 2; }
 HF_LINATTN_BOTH_SIDES constexpr int threads_sm90(ScanKind kind, int tiles) {
   return (row_groups_of(kind) + tiles + 1) * kWarpgroupThreads;
 }
@@ -39,31 +37,34 @@ struct Layout90 {
   static constexpr int kZ = kY + (Work::kHasSources ? kXBytes : 0);
   static constexpr int kQ = kZ + (Work::kHasSources ? kTiles * kZBytes : 0);
   static constexpr int kStageBytes = kQ + (Work::kProjects ? kZBytes : 0);
-  static constexpr int kRowWarps = Work::kHasOutput ? kRowGroups * 4 : 0, kStateWarps = kTiles * 4;
+  static constexpr int kRowGroups = row_groups_of(Work::kScanKind), kRowWarps = kRowGroups * 4;
+  static constexpr int kStateWarps = kTiles * 4;
   static constexpr int kConsumerWarps = kRowWarps + (Work::kHasSources ? kStateWarps : 0);
   static constexpr int kRowTokenBytes = Work::kRowArrays * Work::kTokenArrayBytes;
   static constexpr int kStateTokenBytes = (Work::kTokenArrays - Work::kFirstStateArray) * Work::kTokenArrayBytes;
   static constexpr int kBarrierBytes = 1024, kMaxStages = 8, kSmemLimit = 227 * 1024;
-  static constexpr int kBuffers = Work::kHasOutput ? kRowGroups : 0;
   static constexpr int kMaxCluster = 4, kRowBytes = kChunk * 4;  // a float a row, of each CTA of a cluster
-  static constexpr int kExchangeBytes = Work::kProjects ? kBuffers * 2 * kMaxCluster * kRowBytes : 0;
-  static constexpr int kFixedBytes = kBarrierBytes + kBuffers * (Work::kOperandBytes + Work::kSumBytes) +
+  static constexpr int kExchangeBytes = Work::kProjects ? kRowGroups * 2 * kMaxCluster * kRowBytes : 0;
+  static constexpr int kFixedBytes = kBarrierBytes + kRowGroups * (Work::kOperandBytes + Work::kSumBytes) +
                                      kRowWarps * kRowTokenBytes + kStateWarps * kStateTokenBytes + kExchangeBytes;
   static constexpr int kFitting = (kSmemLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static constexpr int kBytes = kFixedBytes + kStages * kStageBytes;
   static_assert(kStages >= 3, "two chunks are worked on while a third arrives");
 
+  // Barriers: of stages; of the operand buffer of each warpgroup of rows; of the exchange between CTAs, for every other
+  // chunk of such a warpgroup (a CTA that is ahead must not meet what another has yet to read); of cleared tiles.
   static __device__ __forceinline__ uint32_t full(uint32_t base, int stage) { return base + 8 * stage; }
   static __device__ __forceinline__ uint32_t empty(uint32_t base, int stage) { return base + 8 * (kMaxStages + stage); }
-  static __device__ __forceinline__ uint32_t published(uint32_t base, int buffer) { return base + 8 * (2 * kMaxStages + buffer); }
-  static __device__ __forceinline__ uint32_t read(uint32_t base, int buffer) {
-    return base + 8 * (2 * kMaxStages + kRowGroups + buffer);
+  static constexpr int kFirstOfRows = 2 * kMaxStages;
+  static __device__ __forceinline__ uint32_t published(uint32_t base, int group) { return base + 8 * (kFirstOfRows + group); }
+  static __device__ __forceinline__ uint32_t read(uint32_t base, int group) {
+    return base + 8 * (kFirstOfRows + kRowGroups + group);
   }
-  // Of a warpgroup of rows, for every other of its chunks: a CTA that is ahead must not meet what another has yet to read.
-  static __device__ __forceinline__ uint32_t exchanged(uint32_t base, int buffer, int turn) {
-    return base + 8 * (2 * kMaxStages + 2 * kRowGroups + 2 * buffer + turn);
+  static __device__ __forceinline__ uint32_t exchanged(uint32_t base, int group, int turn) {
+    return base + 8 * (kFirstOfRows + 2 * kRowGroups + 2 * group + turn);
   }
+  static __device__ __forceinline__ uint32_t cleared(uint32_t base) { return base + 8 * (kFirstOfRows + 4 * kRowGroups); }
   static __device__ __forceinline__ uint32_t exchange(uint32_t base, int buffer, int turn, int rank) {
     return state_tokens(base, kStateWarps) + Work::kFirstStateArray * Work::kTokenArrayBytes +
            ((2 * buffer + turn) * kMaxCluster + rank) * kRowBytes;
@@ -75,10 +76,10 @@ struct Layout90 {
     return stage(base, kStages) + buffer * Work::kOperandBytes;
   }
   static __device__ __forceinline__ uint32_t sums(uint32_t base, int buffer) {
-    return operand(base, kBuffers) + buffer * Work::kSumBytes;
+    return operand(base, kRowGroups) + buffer * Work::kSumBytes;
   }
   static __device__ __forceinline__ uint32_t row_tokens(uint32_t base, int warp) {
-    return sums(base, kBuffers) + warp * kRowTokenBytes;
+    return sums(base, kRowGroups) + warp * kRowTokenBytes;
   }
   static __device__ __forceinline__ uint32_t state_tokens(uint32_t base, int warp) {
     return row_tokens(base, kRowWarps) + warp * kStateTokenBytes - Work::kFirstStateArray * Work::kTokenArrayBytes;
@@ -145,8 +146,6 @@ __device__ __forceinline__ void produce(const ScanArgs& args, const TileMaps& ma
   }
 }
 
-constexpr int kClearedBarrier = 1;  // named barriers: state warpgroup i waits at this + i for rows of a tile to be cleared
-
 // The state warpgroup. `tile`: which of the CTA's, for scans without rows.
 template <class Work, class Layout>
 __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
@@ -156,16 +155,16 @@ __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
   typename Work::TokenInputs next;
   work.load_state();
   auto publish = [&](int step) {
-    const int buffer = step % kRowGroups;
+    constexpr int kBuffers = Work::kHasOutput ? Layout::kRowGroups : 1;
+    const int buffer = step % kBuffers;
     work.places.operand = Layout::operand(base, buffer);
     work.places.sums = Layout::sums(base, buffer);
-    ptx::mbarrier_wait(Layout::read(base, buffer), step / kRowGroups % 2 ^ 1);
+    ptx::mbarrier_wait(Layout::read(base, buffer), step / kBuffers % 2 ^ 1);
     work.publish_state();
-    __syncwarp();
-    if (work.lane == 0) ptx::mbarrier_arrive(Layout::published(base, buffer));
+    ptx::mbarrier_arrive(Layout::published(base, buffer));
   };
   if constexpr (!Work::kHasSources) {  // the same for all chunks
-    for (int buffer = 0; buffer < kRowGroups; ++buffer) publish(buffer);
+    for (int group = 0; group < Layout::kRowGroups; ++group) publish(group);
     return;
   }
   const int items = chunks * members;  // a chunk of each head of the group
@@ -175,37 +174,46 @@ __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
   // Fragments of a chunk do not depend on the state. Without rows there are registers to form them while the products of
   // the chunk before run.
   constexpr bool kAhead = Work::kStateOnly;
-  typename Work::FragmentA y[Work::kYFragments][Work::kStateTiles], ahead[Work::kYFragments][Work::kStateTiles];
+  typename Work::UpdateFragments y[Work::kStateTiles], ahead[Work::kStateTiles];
   StageTiles stage = {};
   float chunk_decay = 0.f;
-  auto prepare = [&](auto& fragments, int item) {
+  auto prepare = [&](int item) {
     const int valid = work.valid_tokens(work.first_token(work.chunk_at(item / members, chunks)));
     if (work.with_token_arrays(valid)) chunk_decay = work.template publish_tokens<false, true>(next, valid);
     load_item(item + 1);
     stage = pipe.acquire();
     if (valid < kChunk) {
-      work.template clear_rows<typename Work::XTile, Work::kRowsPadded>(stage.y, valid);
+      if (tile == 0) work.template clear_rows<typename Work::XTile, Work::kRowsPadded>(stage.y, valid);
       work.template clear_rows<typename Work::ZTile, Work::kColumns>(stage.z, valid);
-      ptx::named_barrier_sync(kClearedBarrier + tile, Work::kHasOutput ? 2 * kWarpgroupThreads : kWarpgroupThreads);
-    }
-#pragma unroll
-    for (int k = 0; k < Work::kYFragments; ++k) {
-      work.load_update(fragments[k], stage.y, k, Work::kDecays || Work::kReverse);
+      ptx::mbarrier_arrive(Layout::cleared(base));
+      ptx::mbarrier_wait(Layout::cleared(base), item % members % 2);
     }
   };
+  auto load_fragments = [&](auto& fragments) {
+#pragma unroll
+    for (int m = 0; m < Work::kStateTiles; ++m) work.load_update(fragments[m], stage.y, m);
+  };
   load_item(0);
-  if (kAhead && items > 0) prepare(y, 0);
+  if (kAhead && items > 0) prepare(0), load_fragments(y);
   for (int item = 0; item < items; ++item) {
     if (Work::kHasOutput && item % members == 0) publish(item / members);
-    if (!kAhead) prepare(y, item);
+    if (!kAhead) prepare(item);
     if (Work::kDecays && item % members == 0) {
       work.decay_state(exp2f(chunk_decay));
       log_decay += chunk_decay;
     }
-    work.start_update(y, stage);
-    if (kAhead && item + 1 < items) prepare(ahead, item + 1);
-    Work::EngineType::template wait<0>();
-    work.keep_update(y);
+    const uint32_t z_tile = stage.z;
+    const typename Work::EngineType::Operand z = Work::EngineType::operand(z_tile);
+    constexpr int kStep = Work::kSumsApart ? 1 : Work::kStateTiles;
+    if (!kAhead && !Work::kSumsApart) load_fragments(y);
+#pragma unroll
+    for (int m = 0; m < Work::kStateTiles; m += kStep) {
+      if (!kAhead && Work::kSumsApart) work.load_update(y[m], stage.y, m);
+      work.update_tiles(m, y, z, [&] {
+        if (m == 0 && work.with_column_sums()) work.sum_columns(z_tile);
+        if (kAhead && m + kStep == Work::kStateTiles && item + 1 < items) prepare(item + 1), load_fragments(ahead);
+      });
+    }
     pipe.release();
     if (kAhead) memcpy(y, ahead, sizeof y);
   }
@@ -255,10 +263,11 @@ __device__ __forceinline__ void multiply_weights(float (&sum)[Work::kColumns / 2
   Engine::keep_fragments(weights);
 }
 
-// A warpgroup of rows: the chunks of steps own, own + kRowGroups, ...
+// A warpgroup of rows: the chunks of steps own, own + kRowGroups, ... of Layout.
 template <class Work, class Layout>
 __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int cluster) {
   using Engine = typename Work::EngineType;
+  constexpr int kRowGroups = Layout::kRowGroups;
   RingPipe<Layout> pipe{base, 0};
   const int chunks = work.chunk_count(), members = Work::kHasSources ? work.group : 1;
   typename Work::TokenInputs next;
@@ -284,7 +293,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
       if (Work::kTokenInputs && member + 1 < members) work.load_tokens(next, chunk, member + 1);
       else if (Work::kTokenInputs && step + kRowGroups < chunks) work.load_tokens(next, work.chunk_at(step + kRowGroups, chunks), 0);
       const StageTiles stage = pipe.acquire();
-      if (Work::kHasSources && valid < kChunk) ptx::named_barrier_sync(kClearedBarrier, 2 * kWarpgroupThreads);
+      if (Work::kHasSources && valid < kChunk) ptx::mbarrier_wait(Layout::cleared(base), member % 2);
       if (member == 0) work.load_rows(x, stage.x);
       // Products run beside the ordinary code that follows them: weights are formed under the read of the state.
       float p[kChunk / 2];
@@ -319,10 +328,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
         if constexpr (Work::kProjects) {
           if (work.args.normalize) work.start_keys(rows);
         }
-        if (Work::kHasSources) {
-          __syncwarp();
-          if (work.lane == 0) ptx::mbarrier_arrive(Layout::read(base, own));
-        }
+        if (Work::kHasSources) ptx::mbarrier_arrive(Layout::read(base, own));
       }
       if constexpr (Work::kHasSources) {
         multiply_weights<Work>(rows.o, weights, stage.z);
@@ -361,7 +367,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
 template <class Work, ScanKind kKind, bool kCausal, int kTiles>
 __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& maps, int block, int tiles, int heads) {
   using Layout = Layout90<Work, kTiles>;
-  constexpr int kRowWarpgroups = row_groups_of(kKind), kConsumers = kRowWarpgroups + kTiles;
+  constexpr int kRowWarpgroups = Layout::kRowGroups, kConsumers = kRowWarpgroups + kTiles;
   const int tile = block % tiles, head = block / tiles % heads, slot = block / (tiles * heads);
   const Segment segment = find_segment(args, slot);
   if (!is_wanted<kKind, kCausal>(segment)) return;
@@ -372,12 +378,13 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
       ptx::mbarrier_init(Layout::full(base, i), 1);
       ptx::mbarrier_init(Layout::empty(base, i), Layout::kConsumerWarps);
     }
-    for (int i = 0; i < Layout::kBuffers; ++i) {
-      ptx::mbarrier_init(Layout::published(base, i), 4);
-      ptx::mbarrier_init(Layout::read(base, i), 4);
+    for (int i = 0; i < Layout::kRowGroups; ++i) {
+      ptx::mbarrier_init(Layout::published(base, i), kWarpgroupThreads);
+      ptx::mbarrier_init(Layout::read(base, i), kWarpgroupThreads);
       ptx::mbarrier_init(Layout::exchanged(base, i, 0), 1);
       ptx::mbarrier_init(Layout::exchanged(base, i, 1), 1);
     }
+    ptx::mbarrier_init(Layout::cleared(base), kTiles * kWarpgroupThreads);
     ptx::mbarrier_init_fence();
   }
   const bool is_clustered = Work::kProjects && tiles > 1;
@@ -385,8 +392,10 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   else __syncthreads();
   const int warpgroup = threadIdx.x / kWarpgroupThreads, warp = threadIdx.x / 32 % 4;
   // An SM has 512 registers for the threads of the CTA with the same place in their warpgroups.
-  constexpr int kProducerRegisters = 24, kRowRegisters = !Work::kProjects ? 152 : kCausal ? 168 : 176;
-  constexpr int kStateRegisters = kRowWarpgroups > 0 ? 512 - kProducerRegisters - kRowWarpgroups * kRowRegisters : 240;
+  constexpr int kProducerRegisters = 24;
+  constexpr int kRowRegisters = !Work::kProjects ? 152 : kCausal ? 168 : 176;
+  constexpr int kLeftRegisters = (512 - kProducerRegisters - kRowWarpgroups * kRowRegisters) / kTiles / 8 * 8;
+  constexpr int kStateRegisters = kLeftRegisters < 240 ? kLeftRegisters : 240;
   if (warpgroup == kConsumers) {
     if (kConsumers > 1) ptx::register_dealloc<kProducerRegisters>();
     if (threadIdx.x % kWarpgroupThreads == 0) produce<Work, Layout>(args, maps, segment, head, column0, base);

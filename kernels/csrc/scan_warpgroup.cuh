@@ -88,6 +88,7 @@ template <class Engine, ScanKind kKind, bool kCausal, bool kDecay, int kRows, in
 struct ScanWarpgroup {
   using EngineType = Engine;
   using Element = typename Engine::Element;
+  using OperandElement = typename Engine::OperandElement;
   using FragmentA = typename Engine::FragmentA;
   using FragmentB = typename Engine::FragmentB;
   using XTile = typename Engine::template Tile<kChunk, kRows>;
@@ -95,6 +96,7 @@ struct ScanWarpgroup {
   using StateTile = typename Engine::template Tile<kRows, kCols>;
   using OutTile = typename Engine::template Tile<16, kCols>;
 
+  static constexpr ScanKind kScanKind = kKind;
   static constexpr bool kDecays = kDecay;
   static constexpr bool kStateOnly = forms_state_only(kKind);
   static constexpr bool kReverse = is_reverse(kKind);
@@ -110,12 +112,16 @@ struct ScanWarpgroup {
   // dq is a difference of two sums over all keys that nearly cancel: its state operand keeps twice the bits.
   static constexpr bool kCancels = kKind == ScanKind::kQueryGrad;
   static constexpr int kStateParts = kCancels && Engine::kIsRounding ? 2 : 1;
+  // Tensor cores truncate where they accumulate, a bias that grows with the number of chunks: the products of a chunk are
+  // summed by themselves and then added, where registers allow. dk needs it, whose terms nearly cancel; what shrinks all of
+  // a row of o, dq or dv alike shows only behind the digits of bfloat16.
+  static constexpr bool kSumsApart = kRows == 64 || (kKind != ScanKind::kQueryGrad && kKind != ScanKind::kValueGrad);
   static constexpr int kRowsPadded = kRows, kColumns = kCols;
   static constexpr int kStateTiles = kRows / 64;
   static constexpr int kSteps = kRows / 16;
   // An asynchronous engine has all fragments of a chunk in registers, where no copy can change them, and only unrolled
   // loops can name them; the others save the registers.
-  static constexpr int kXFragments = Engine::kIsAsync ? kSteps : 1, kYFragments = Engine::kIsAsync ? kChunk / 16 : 1;
+  static constexpr int kXFragments = Engine::kIsAsync ? kSteps : 1;
   static constexpr int kUnrollSteps = kXFragments;
   static constexpr int kOwnColumns = kCols / 4;  // of the column sums, by warp
 
@@ -124,8 +130,8 @@ struct ScanWarpgroup {
   enum TokenArray { kLogDecay, kScoreFactor, kScoreOffset, kStateFactor, kStateOffset, kExtraValue, kTokenArrays };
   static constexpr int kTokenArrayBytes = kChunk * 4, kFirstStateArray = kStateFactor, kRowArrays = kFirstStateArray;
   static constexpr int kOperandBytes = kHasOutput ? kStateParts * StateTile::kBytes : 0;
-  // Beside the operand: row sums, column sums, the extra column's own sum.
-  static constexpr int kRowSums = 0, kColumnSums = kRows * 4, kCount = kColumnSums + kCols * 4, kSumBytes = kCount + 16;
+  // Beside the operand: row sums in two parts, each an operand; column sums; the extra column's own sum.
+  static constexpr int kRowSums = 0, kColumnSums = 2 * kRows * sizeof(OperandElement), kCount = kColumnSums + kCols * 4, kSumBytes = kCount + 16;
   struct SharedPlaces {
     uint32_t operand, sums;  // of the state
     uint32_t tokens, out;    // of this warp: token arrays, and OutTile
@@ -301,12 +307,16 @@ struct ScanWarpgroup {
       }
     }
     if (reads_extra()) {
-      float* sums = &shared_at<float>(places.sums + kRowSums);
+      OperandElement* sums = &shared_at<OperandElement>(places.sums + kRowSums);
 #pragma unroll
       for (int m = 0; m < kStateTiles; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-          if (t == 0) sums[state_row(m, i)] = row_sums[m][i] + row_sums[m][i + 1];
+          const float sum = row_sums[m][i] + row_sums[m][i + 1], high = Engine::round(sum);
+          if (t == 0) {
+            sums[state_row(m, i)] = static_cast<OperandElement>(high);
+            sums[kRows + state_row(m, i)] = static_cast<OperandElement>(sum - high);
+          }
         }
       }
       if (warp == 0 && lane == 0) shared_at<float>(places.sums + kCount) = count;
@@ -446,16 +456,11 @@ struct ScanWarpgroup {
   // rounded parts, in columns 0 and 1 of the product, so that they lose nothing that matters.
   template <int kSize>
   __device__ __forceinline__ void read_row_sums(float (&extra)[4], FragmentA (&x)[kSize], uint32_t x_tile) {
-    const float* sums = &shared_at<float>(places.sums + kRowSums);
+    const OperandElement* sums = &shared_at<OperandElement>(places.sums + kRowSums) + g % 2 * kRows + 2 * t;
 #pragma unroll(kUnrollSteps)
     for (int k = 0; k < kSteps; ++k) {
-      float part[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float sum = sums[16 * k + 2 * t + i / 2 * 8 + i % 2], high = Engine::round(sum);
-        part[i] = g == 0 ? high : g == 1 ? sum - high : 0.f;
-      }
-      Engine::mma(extra, x_fragment(x, k, x_tile), Engine::pack_b(part));
+      const FragmentB part = Engine::load_b_column(sums + 16 * k, g < 2);
+      Engine::mma(extra, x_fragment(x, k, x_tile), part);
     }
   }
 
@@ -658,18 +663,13 @@ struct ScanWarpgroup {
     count *= factor;
   }
 
-  // Tokens 16k .. 16k+15 of y^T, weighted for the state.
-  __device__ __forceinline__ void load_update(FragmentA (&y)[kStateTiles], uint32_t y_tile, int k, bool is_scaled) {
-#pragma unroll
-    for (int m = 0; m < kStateTiles; ++m) {
-      Engine::template load_a_transposed<XTile>(y[m], y_tile, 64 * m + 16 * warp, 16 * k);
-    }
-    if (is_scaled) {
+  // Rows of state tile m, tokens 16k .. 16k+15 of y^T, weighted for the state.
+  __device__ __forceinline__ void load_update(FragmentA& y, uint32_t y_tile, int m, int k) {
+    Engine::template load_a_transposed<XTile>(y, y_tile, 64 * m + 16 * warp, 16 * k);
+    if constexpr (kDecay || kReverse) {
       const float* factors = token_array(kStateFactor) + 16 * k + 2 * t;
       const float factor[4] = {factors[0], factors[1], factors[8], factors[9]};
-      const typename Engine::Factors packed = Engine::pack_factors(factor);
-#pragma unroll
-      for (int m = 0; m < kStateTiles; ++m) Engine::scale_columns(y[m], packed);
+      Engine::scale_columns(y, Engine::pack_factors(factor));
     }
   }
 
@@ -678,45 +678,59 @@ struct ScanWarpgroup {
     if (with_column_sums()) sum_columns(stage.z);
 #pragma unroll 1
     for (int k = 0; k < kChunk / 16; ++k) {
-      FragmentA y[kStateTiles];
-      load_update(y, stage.y, k, kDecay || kReverse);
 #pragma unroll
       for (int m = 0; m < kStateTiles; ++m) {
-        if (with_extra()) Engine::mma(row_sums[m], y[m], extra_column(k));
-        Engine::template gemm_kn<kCols, ZTile>(state[m], y[m], Engine::operand(stage.z), 16 * k, true);
+        FragmentA y;
+        load_update(y, stage.y, m, k);
+        if (with_extra()) Engine::mma(row_sums[m], y, extra_column(k));
+        Engine::template gemm_kn<kCols, ZTile>(state[m], y, Engine::operand(stage.z), 16 * k, true);
       }
     }
   }
 
-  // The same with all fragments at hand, in flight on return: for an asynchronous engine.
-  __device__ __forceinline__ void start_update(FragmentA (&y)[kYFragments][kStateTiles], const StageTiles& stage) {
-    const typename Engine::Operand z = Engine::operand(stage.z);
+  // All fragments of tile m, for an asynchronous engine.
+  using UpdateFragments = FragmentA[kChunk / 16];
+  __device__ __forceinline__ void load_update(UpdateFragments& y, uint32_t y_tile, int m) {
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) load_update(y[k], y_tile, m, k);
+  }
+
+  // The products of tile m, or with kSumsApart false of all tiles, into the state; `meanwhile` runs beside them.
+  template <class Meanwhile>
+  __device__ __forceinline__ void update_tiles(int m, UpdateFragments (&y)[kStateTiles], typename Engine::Operand z,
+                                               Meanwhile meanwhile) {
+    constexpr int kTiles = kSumsApart ? 1 : kStateTiles;
+    float added[kCols / 2];
     Engine::fence();
 #pragma unroll
-    for (int k = 0; k < kYFragments; ++k) {
+    for (int k = 0; k < kChunk / 16; ++k) {
 #pragma unroll
-      for (int m = 0; m < kStateTiles; ++m) {
-        Engine::template gemm_kn<kCols, ZTile>(state[m], y[k][m], z, 16 * k, true);
+      for (int i = m; i < m + kTiles; ++i) {
+        float(&sum)[kCols / 2] = kSumsApart ? added : state[i];
+        Engine::template gemm_kn<kCols, ZTile>(sum, y[i][k], z, 16 * k, !kSumsApart || k != 0);
       }
     }
     Engine::commit();
     if (with_extra()) {
 #pragma unroll
-      for (int k = 0; k < kYFragments; ++k) {
+      for (int k = 0; k < kChunk / 16; ++k) {
         const FragmentB extra = extra_column(k);
 #pragma unroll
-        for (int m = 0; m < kStateTiles; ++m) Engine::mma(row_sums[m], y[k][m], extra);
+        for (int i = m; i < m + kTiles; ++i) Engine::mma(row_sums[i], y[i][k], extra);
       }
     }
-    if (with_column_sums()) sum_columns(stage.z);
-  }
-
-  // Accumulators and operands of an update in flight stay as they are until here.
-  __device__ __forceinline__ void keep_update(FragmentA (&y)[kYFragments][kStateTiles]) {
+    meanwhile();
+    Engine::template wait<0>();
+    if constexpr (kSumsApart) {
+      Engine::keep(added);
 #pragma unroll
-    for (int m = 0; m < kStateTiles; ++m) Engine::keep(state[m]);
+      for (int i = 0; i < kCols / 2; ++i) state[m][i] += added[i];
+    }
 #pragma unroll
-    for (int k = 0; k < kYFragments; ++k) Engine::keep_fragments(y[k]);
+    for (int i = m; i < m + kTiles; ++i) {
+      Engine::keep(state[i]);
+      Engine::keep_fragments(y[i]);
+    }
   }
 
   // column_sums += sum of z, weighted; the weights are rows 0 and 1 of a fragment, in two rounded parts.
@@ -739,8 +753,11 @@ struct ScanWarpgroup {
       for (int n = 0; n < kCols / 32; ++n) {
         FragmentB columns[2];
         Engine::template load_b_pair<ZTile>(columns, z_tile, 32 * k, kOwnColumns * warp + 8 * n);
-        Engine::mma(column_sums[n], rows[0], columns[0]);
-        Engine::mma(column_sums[n], rows[1], columns[1]);
+        float sums[4] = {0.f, 0.f, 0.f, 0.f};
+        Engine::mma(sums, rows[0], columns[0]);
+        Engine::mma(sums, rows[1], columns[1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) column_sums[n][i] += sums[i];
       }
     }
     if (kExtra && !kRowConstant) count += added_count;

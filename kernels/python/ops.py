@@ -53,8 +53,8 @@ def linear_attention(
 
     o_i = sum_j e^{G_i - G_j} f_ij v_j, over j <= i if causal, divided by the same sum without v_j if `normalize`;
     G is the inclusive cumulative sum of the log decay. A denominator of magnitude below 1e-6 counts as 1e-6.
-    Sums are kept in float32 (float64 for float64 inputs). Time O(T), memory O(T); backward saves q, k, v, o and one
-    denominator a row.
+    Sums are kept in float32 (float64 for float64 inputs). Time O(T), memory O(T); backward saves q, k, v, one
+    denominator a row and, but for the compiled kernels, o.
 
     Args:
         q: `[B, T, H, K]` queries after the feature map; bfloat16, float16, float32 or float64, any strides.

@@ -43,7 +43,9 @@ def test_memory_is_linear_in_tokens_and_dimension(window, decay):
 def test_saved_bytes_are_output_and_denominators(target):
     case = OpCase(B=1, T=1024, H=4, H_kv=2, K=64, V=32)
     saved, _ = measure(case, target)
-    assert saved == case.T * case.H * (case.V + 1) * 4
+    # The compiled kernels find what they need of the output on the way to dq.
+    saved_of_a_row = 1 + (0 if target.backend == "cuda" else case.V)
+    assert saved == case.T * case.H * saved_of_a_row * 4
 
 
 @on("cuda-*")
