@@ -217,9 +217,17 @@ inline int make_tensor_map(CUtensorMap* map, int dtype, const void* base, int64_
   const CUtensorMapDataType type = dtype == HF_LINATTN_BF16   ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                    : dtype == HF_LINATTN_FP16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  const CUresult result =
-      encode(map, type, 4, const_cast<void*>(base), dims, byte_strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto run = [&] {
+    return encode(map, type, 4, const_cast<void*>(base), dims, byte_strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = run();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread, such as autograd's, that has not used the device yet
+    int device = 0;
+    if (int error = check_cuda(cudaGetDevice(&device), "cudaGetDevice")) return error;
+    if (int error = check_cuda(cudaSetDevice(device), "cudaSetDevice")) return error;
+    result = run();
+  }
   return result == CUDA_SUCCESS ? 0 : set_error("tensor map: cuTensorMapEncodeTiled failed with %d", (int)result);
 }
 

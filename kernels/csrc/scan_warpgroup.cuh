@@ -113,9 +113,10 @@ struct ScanWarpgroup {
   static constexpr bool kCancels = kKind == ScanKind::kQueryGrad;
   static constexpr int kStateParts = kCancels && Engine::kIsRounding ? 2 : 1;
   // Tensor cores truncate where they accumulate, a bias that grows with the number of chunks: the products of a chunk are
-  // summed by themselves and then added, where registers allow. dk needs it, whose terms nearly cancel; what shrinks all of
-  // a row of o, dq or dv alike shows only behind the digits of bfloat16.
-  static constexpr bool kSumsApart = kRows == 64 || (kKind != ScanKind::kQueryGrad && kKind != ScanKind::kValueGrad);
+  // summed by themselves and then added, where registers allow. dk and dq are small differences of what the state and the
+  // sums beside it give: either both have the bias, or neither.
+  static constexpr bool kSumsApart =
+      !(Engine::kIsAsync && kRows > 64 && (kKind == ScanKind::kQueryGrad || kKind == ScanKind::kValueGrad));
   static constexpr int kRowsPadded = kRows, kColumns = kCols;
   static constexpr int kStateTiles = kRows / 64;
   static constexpr int kSteps = kRows / 16;
@@ -676,16 +677,26 @@ struct ScanWarpgroup {
   // state += y^T z and the sums beside it, one fragment after the other.
   __device__ __forceinline__ void update_state(const StageTiles& stage) {
     if (with_column_sums()) sum_columns(stage.z);
-#pragma unroll 1
-    for (int k = 0; k < kChunk / 16; ++k) {
 #pragma unroll
-      for (int m = 0; m < kStateTiles; ++m) {
+    for (int m = 0; m < kStateTiles; ++m) {
+      float added[kCols / 2], sums[4];
+      Engine::start(added);
+      Engine::start(sums);
+#pragma unroll 1
+      for (int k = 0; k < kChunk / 16; ++k) {
         FragmentA y;
         load_update(y, stage.y, m, k);
-        if (with_extra()) Engine::mma(row_sums[m], y, extra_column(k));
-        Engine::template gemm_kn<kCols, ZTile>(state[m], y, Engine::operand(stage.z), 16 * k, true);
+        if (with_extra()) Engine::mma(sums, y, extra_column(k));
+        Engine::template gemm_kn<kCols, ZTile>(added, y, Engine::operand(stage.z), 16 * k, true);
       }
+      add_to(state[m], added);
+      add_to(row_sums[m], sums);
     }
+  }
+  template <int kSize>
+  __device__ __forceinline__ void add_to(float (&sum)[kSize], const float (&added)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) sum[i] += added[i];
   }
 
   // All fragments of tile m, for an asynchronous engine.
@@ -723,8 +734,7 @@ struct ScanWarpgroup {
     Engine::template wait<0>();
     if constexpr (kSumsApart) {
       Engine::keep(added);
-#pragma unroll
-      for (int i = 0; i < kCols / 2; ++i) state[m][i] += added[i];
+      add_to(state[m], added);
     }
 #pragma unroll
     for (int i = m; i < m + kTiles; ++i) {
@@ -753,11 +763,11 @@ struct ScanWarpgroup {
       for (int n = 0; n < kCols / 32; ++n) {
         FragmentB columns[2];
         Engine::template load_b_pair<ZTile>(columns, z_tile, 32 * k, kOwnColumns * warp + 8 * n);
-        float sums[4] = {0.f, 0.f, 0.f, 0.f};
+        float apart[4] = {0.f, 0.f, 0.f, 0.f};
+        float(&sums)[4] = kSumsApart ? apart : column_sums[n];
         Engine::mma(sums, rows[0], columns[0]);
         Engine::mma(sums, rows[1], columns[1]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) column_sums[n][i] += sums[i];
+        if (kSumsApart) add_to(column_sums[n], apart);
       }
     }
     if (kExtra && !kRowConstant) count += added_count;
