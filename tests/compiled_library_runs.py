@@ -3,6 +3,7 @@
 HF_LINATTN_LIBRARY=<library> python tests/compiled_library_runs.py definitions|emulation
 """
 
+import os
 import sys
 from dataclasses import replace
 
@@ -13,7 +14,12 @@ from op_inputs import OpCase, call_op, check, make_inputs, packed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_linattn.kernels import explain, init_state, linear_attention, linear_attention_step
-from hf_linattn.kernels.cuda_library import compiled_build_info, compiled_library_problem
+from hf_linattn.kernels.cuda_library import (
+    COMPILED_DTYPES,
+    CUDA_PATH_VARIABLE,
+    compiled_build_info,
+    compiled_library_problem,
+)
 
 CASE = OpCase(B=1, T=70, K=64, V=64, dtype=torch.bfloat16, scale=0.1)
 EMULATED_CASES = [
@@ -25,6 +31,13 @@ EMULATED_CASES = [
     packed((30, 0, 40), K=64, V=64, dtype=torch.bfloat16, scale=0.1, decay="scalar", state=True),
     replace(CASE, T=0, a=0.5, state=True),
 ]
+# Of these there are portable kernels only.
+WIDE_CASES = [
+    replace(CASE, K=256, V=192, dtype=torch.float32, decay="scalar", a=0.5, state=True),
+    replace(CASE, K=192, V=256, dtype=torch.float16, normalize=False, decay="fixed"),
+]
+# Largest dimensions of bfloat16, float16 and float32 by compute capability.
+LARGEST = {90: (256, 256, 256), 80: (256, 256, 256), 86: (256, 128, 128)}
 
 
 def definitions() -> None:
@@ -55,8 +68,18 @@ def definitions() -> None:
 
 def emulation() -> None:
     """The kernels on the CPU behind the binding: outputs, states and gradients against the reference."""
-    for case in EMULATED_CASES:
+    for case in EMULATED_CASES + (WIDE_CASES if os.environ[CUDA_PATH_VARIABLE] == "sm80" else []):
         check(case, make_inputs(case), Target("cuda", "cpu"))
+
+    for capability, largest in LARGEST.items():
+        os.environ["HF_LINATTN_EMULATED_CAPABILITY"] = str(capability)
+        for dtype, dim in zip(COMPILED_DTYPES, largest, strict=True):
+            assert explain("cpu", dtype, feature_dim=dim, value_dim=dim)[0] == "cuda"
+            assert f"take 1 to {dim} value" in explain("cpu", dtype, feature_dim=1, value_dim=dim + 1)[1]
+            step = {"op": "linear_attention_step", "value_dim": 1}
+            assert explain("cpu", dtype, feature_dim=256, **step)[0] == "cuda"
+            assert "take 1 to 256 feature" in explain("cpu", dtype, feature_dim=257, **step)[1]
+    del os.environ["HF_LINATTN_EMULATED_CAPABILITY"]
 
     inputs = make_inputs(CASE)
     expected = call_op(CASE, inputs, "cuda")[0]

@@ -114,7 +114,8 @@ def skip_if_refused(must_run: bool) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if "dimensions of float" not in str(error):  # bfloat16 goes to 256, the others to 128
+        # On other devices float16 and float32 may end at 128: there is less shared memory.
+        if CAPABILITY in (0, 80, 90) or "dimensions of float" not in str(error):
             raise
         pytest.skip(str(error))
     except RuntimeError as error:

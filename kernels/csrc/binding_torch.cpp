@@ -370,6 +370,12 @@ std::string device_problem(int64_t device_index) {
   return hf_linattn_path(&problem) < 0 ? hf_linattn_last_error() : "";
 }
 
+int64_t largest_dim(int64_t device_index, int64_t dtype, bool is_step) {
+  if (is_step) return hf_linattn_step_largest_dim();
+  const DeviceScope scope(device_index);
+  return hf_linattn_largest_dim(static_cast<int32_t>(dtype));
+}
+
 std::string build_info() { return KERNELS_BUILD_INFO; }
 
 }  // namespace
@@ -391,6 +397,7 @@ STABLE_TORCH_LIBRARY(hf_linattn, m) {
       "linear_attention_path(Tensor q, Tensor k, Tensor v, Tensor? g, float a, float b, bool normalize, bool causal, "
       "int path) -> int");
   m.def("device_problem(int device_index) -> str");
+  m.def("largest_dim(int device_index, int dtype, bool is_step) -> int");
   m.def("build_info() -> str");
 }
 
@@ -407,5 +414,6 @@ STABLE_TORCH_LIBRARY_IMPL(hf_linattn, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(hf_linattn, CompositeExplicitAutograd, m) {
   m.impl("device_problem", TORCH_BOX(&device_problem));
+  m.impl("largest_dim", TORCH_BOX(&largest_dim));
   m.impl("build_info", TORCH_BOX(&build_info));
 }

@@ -22,6 +22,7 @@ namespace {
 constexpr int kWarps = kWarpgroupThreads / 32;
 constexpr int kSegmentChunks = kDecaySegment / kChunk;
 constexpr int kSumThreads = 32 * kSegmentChunks;
+constexpr int kPartColumns = 64;  // of a tile that holds a part of the dimensions
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // What the kernels leave for each other: arrays [B, H_kv, T], one after the other.
@@ -105,18 +106,20 @@ __device__ __forceinline__ RowNumbers row_numbers(const ScanArgs& scan, const Se
 }
 
 // One chunk of queries with its own and all earlier chunks of keys of the segment. Warp w has query rows 16w .. 16w+15.
-template <class Engine, int kDim>
+// Tiles hold kColumns dimensions: all there are, or a part, where shared memory has no place for more.
+template <class Engine, int kColumns, bool kIsWhole>
 struct PairSums {
   using Element = typename Engine::Element;
   using FragmentA = typename Engine::FragmentA;
-  using Tile = typename Engine::template Tile<kChunk, kDim>;
-  static constexpr int kScores = Engine::kScoreColumns;
-  static constexpr int kUnroll = std::is_same_v<Element, __nv_bfloat16> ? kDim / 16 : 1;
+  using Tile = typename Engine::template Tile<kChunk, kColumns>;
+  // Parts are loaded for one product only: all of its scores are added up at once.
+  static constexpr int kScores = kIsWhole ? Engine::kScoreColumns : kChunk;
 
-  // Shared memory: q, do, the stages of k and v, then what every warp keeps for itself.
+  // Shared memory: q, do, the stages of k and v (in parts: one of x and one of y); then what every warp keeps for itself.
   static constexpr int kStageBytes = 2 * Tile::kBytes;
   static constexpr int kColumnBytes = kSegmentChunks * kChunk * 4, kWarpBytes = kColumnBytes + 2 * kChunk * 4;
-  static constexpr int smem_bytes(int num_stages) { return (1 + num_stages) * kStageBytes + kWarps * kWarpBytes; }
+  static constexpr int tile_bytes(int num_stages) { return (kIsWhole ? 1 + num_stages : 1) * kStageBytes; }
+  static constexpr int smem_bytes(int num_stages) { return tile_bytes(num_stages) + kWarps * kWarpBytes; }
 
   const DecayGradientArgs& args;
   const ScanArgs& scan;
@@ -135,7 +138,7 @@ struct PairSums {
         chunk(chunk),
         num_stages(num_stages),
         base(ptx::smem_address(ptx::dynamic_smem())),
-        own(base + (1 + num_stages) * kStageBytes + threadIdx.x / 32 * kWarpBytes),
+        own(base + tile_bytes(num_stages) + threadIdx.x / 32 * kWarpBytes),
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32),
         g(threadIdx.x % 32 / 4),
@@ -174,7 +177,7 @@ struct PairSums {
       float sum = 0.f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        sum += shared_at<float>(base + (1 + num_stages) * kStageBytes + w * kWarpBytes + 4 * i);
+        sum += shared_at<float>(base + tile_bytes(num_stages) + w * kWarpBytes + 4 * i);
       }
       array_at(args, terms.columns, terms.array, chunk - i / kChunk, segment, kv_head)[token] = sum;
     }
@@ -182,17 +185,20 @@ struct PairSums {
 
  private:
   __device__ __forceinline__ void load_keys(int of_chunk, uint32_t stage) {
+    if (!kIsWhole) return;
     const int64_t first = first_token(of_chunk);
-    copy_tile<Element, Tile, kDim>(stage, args.k, segment.batch, kv_head, first, segment.end, 0);
-    copy_tile<Element, Tile, kDim>(stage + Tile::kBytes, args.v, segment.batch, kv_head, first, segment.end, 0);
+    copy_tile<Element, Tile, kColumns>(stage, args.k, segment.batch, kv_head, first, segment.end, 0);
+    copy_tile<Element, Tile, kColumns>(stage + Tile::kBytes, args.v, segment.batch, kv_head, first, segment.end, 0);
     ptx::cp_async_commit();
   }
 
   __device__ __forceinline__ void add_head(int head) {
     __syncthreads();  // the tiles of the head before are read
     const int64_t first = first_token(chunk);
-    copy_tile<Element, Tile, kDim>(base, args.q, segment.batch, head, first, segment.end, 0);
-    copy_tile<Element, Tile, kDim>(base + Tile::kBytes, args.d_o, segment.batch, head, first, segment.end, 0);
+    if (kIsWhole) {
+      copy_tile<Element, Tile, kColumns>(base, args.q, segment.batch, head, first, segment.end, 0);
+      copy_tile<Element, Tile, kColumns>(base + Tile::kBytes, args.d_o, segment.batch, head, first, segment.end, 0);
+    }
     load_keys(chunk, base + kStageBytes);
     float scale[2], along[2];
 #pragma unroll
@@ -227,11 +233,11 @@ struct PairSums {
         load_keys(keys - 1, base + kStageBytes * (1 + stage));
       }
       if (keys == chunk) {
-        add_pairs<true>(tiles, keys, scale, along);
+        add_pairs<true>(tiles, head, keys, scale, along);
 #pragma unroll
         for (int i = 0; i < 2; ++i) scale[i] *= exp2f(row_decay()[16 * warp + g + 8 * i]);
       } else {
-        add_pairs<false>(tiles, keys, scale, along);
+        add_pairs<false>(tiles, head, keys, scale, along);
       }
       if (is_last) break;
       if (num_stages == 1) {
@@ -241,29 +247,52 @@ struct PairSums {
     }
   }
 
-  // p [16, kScores] = this warp's rows of x times rows first .. of y.
+  // p [16, kScores] += this warp's rows of x times rows first .. of y.
   __device__ __forceinline__ void multiply(float (&p)[kScores / 2], uint32_t x, uint32_t y, int first) {
-    Engine::start(p);
+    constexpr int kUnroll = std::is_same_v<Element, __nv_bfloat16> ? kColumns / 16 : 1;
 #pragma unroll(kUnroll)
-    for (int k = 0; k < kDim / 16; ++k) {
+    for (int k = 0; k < kColumns / 16; ++k) {
       FragmentA a;
       Engine::template load_a<Tile>(a, x, 16 * warp, 16 * k);
       Engine::template gemm_nk<kScores, Tile>(p, a, y + first * Tile::kRowBytes, 16 * k, true);
     }
   }
 
+  // The same for all rows of y, part by part of the dimensions: x of a head's queries, y of a chunk of keys.
+  __device__ __forceinline__ void multiply_parts(float (&p)[kScores / 2], const Rows& x, int head, const Rows& y,
+                                                 int keys) {
+#pragma unroll 1
+    for (int column = 0; column < x.dim; column += kColumns) {
+      __syncthreads();  // the part before is read
+      copy_tile<Element, Tile, kColumns>(base, x, segment.batch, head, first_token(chunk), segment.end, column);
+      copy_tile<Element, Tile, kColumns>(base + Tile::kBytes, y, segment.batch, kv_head, first_token(keys), segment.end,
+                                         column);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      multiply(p, base, base + Tile::kBytes, 0);
+    }
+  }
+
   // Adds the pairs of this warp's rows with a chunk of keys. Off the diagonal to row_sum and column_sums; on it, the
   // columns receive what lies around their token.
   template <bool kDiagonal>
-  __device__ __forceinline__ void add_pairs(uint32_t tiles, int keys, const float (&scale)[2],
+  __device__ __forceinline__ void add_pairs(uint32_t tiles, int head, int keys, const float (&scale)[2],
                                             const float (&along)[2]) {
     float sums[kChunk / 4];  // of columns 8n + 2t + e, over rows g and g + 8: n and e
     float before[2] = {0.f, 0.f};
 #pragma unroll
     for (int first = 0; first < kChunk; first += kScores) {
       float p[kScores / 2], d[kScores / 2];
-      multiply(p, base, tiles, first);
-      multiply(d, base + Tile::kBytes, tiles + Tile::kBytes, first);
+      Engine::start(p);
+      Engine::start(d);
+      if constexpr (kIsWhole) {
+        multiply(p, base, tiles, first);
+        multiply(d, base + Tile::kBytes, tiles + Tile::kBytes, first);
+      } else {
+        multiply_parts(p, args.q, head, args.k, keys);
+        multiply_parts(d, args.d_o, head, args.v, keys);
+      }
 #pragma unroll
       for (int i = 0; i < kScores / 2; ++i) {
         p[i] = (scan.b * p[i] + scan.a) * (d[i] - along[i / 2 % 2]) * scale[i / 2 % 2];
@@ -336,7 +365,7 @@ struct PairSums {
   }
 };
 
-template <class Engine, int kDim>
+template <class Engine, int kColumns, bool kIsWhole>
 __global__ void __launch_bounds__(kWarpgroupThreads, 1)
     pair_sums_kernel(const __grid_constant__ DecayGradientArgs args, Terms terms, int num_stages) {
   // Late chunks have most to do: first.
@@ -345,7 +374,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1)
   const int chunk = terms.columns_count - 1 - static_cast<int>(blockIdx.x / (heads * slots));
   const Segment segment = find_segment(args.scan, slot);
   if (!segment.exists || chunk >= chunk_count(segment)) return;
-  PairSums<Engine, kDim>(args, segment, kv_head, chunk, num_stages).run(terms);
+  PairSums<Engine, kColumns, kIsWhole>(args, segment, kv_head, chunk, num_stages).run(terms);
 }
 
 // The state at one end of a segment; null where there is none.
@@ -366,16 +395,15 @@ __device__ __forceinline__ SegmentState state_at(const DecayGradientArgs& args, 
 
 // Pairs of the tokens of a segment with the state before it (tokens as queries) or after it (as keys): with q, do or
 // k, v as x, z, the row sums of z * (x . state), for kTileColumns columns of z. Warp w has rows 16w .. 16w+15 of every
-// chunk.
-template <class Engine, int kDim>
+// chunk. x is loaded kColumns of up to kDim dimensions at a time, for the same reason as in PairSums.
+template <class Engine, int kDim, int kColumns>
 struct StateTerms {
   using Element = typename Engine::Element;
   using FragmentA = typename Engine::FragmentA;
-  using XTile = typename Engine::template Tile<kChunk, kDim>;
+  using XTile = typename Engine::template Tile<kChunk, kColumns>;
   using ZTile = typename Engine::template Tile<kChunk, kTileColumns>;
   using StateTile = typename Engine::template Tile<kDim, kTileColumns>;
   static constexpr int kStateParts = Engine::kIsRounding ? 2 : 1;
-  static constexpr int kUnroll = std::is_same_v<Element, __nv_bfloat16> ? kDim / 16 : 1;
 
   static constexpr int kZ = XTile::kBytes, kState = kZ + ZTile::kBytes;
   static constexpr int kKeySum = kState + kStateParts * StateTile::kBytes, kValueSum = kKeySum + kDim * 4;
@@ -433,6 +461,8 @@ struct StateTerms {
 
     const Rows &x = is_after ? args.k : args.q, &z = is_after ? args.v : args.d_o;
     const int members = is_after ? 1 : scan.num_heads / scan.num_kv_heads, chunks = chunk_count(segment);
+    constexpr int kUnroll = std::is_same_v<Element, __nv_bfloat16> ? kColumns / 16 : 1;
+    const int x_columns = kColumns == kDim ? kDim : x.dim;  // to load
     // The state before holds bare sums: a and b come with the read. The one after holds them already.
     const float a = is_after ? 1.f : scan.a, b = is_after ? 1.f : scan.b;
     float distance = 0.f;  // log2 of the decay between the chunk and the state
@@ -460,31 +490,37 @@ struct StateTerms {
       float sum[2] = {0.f, 0.f};
       for (int member = 0; member < members && !is_gone; ++member) {
         const int head = kv_head * members + member;
-        __syncthreads();  // the tiles before are read
-        copy_tile<Element, XTile, kDim>(base, x, segment.batch, head, first, segment.end, 0);
-        copy_tile<Element, ZTile, kTileColumns>(base + kZ, z, segment.batch, head, first, segment.end, column0);
-        ptx::cp_async_commit();
-        ptx::cp_async_wait<0>();
-        __syncthreads();
         float read[kTileColumns / 2], read_sum[4] = {0.f, 0.f, 0.f, 0.f};
         Engine::start(read);
-#pragma unroll(kUnroll)
-        for (int k = 0; k < kDim / 16; ++k) {
-          FragmentA rows;
-          Engine::template load_a<XTile>(rows, base, 16 * warp, 16 * k);
-#pragma unroll
-          for (int of = 0; of < kStateParts; ++of) {
-            const uint32_t tile = base + kState + of * StateTile::kBytes;
-            Engine::template gemm_kn<kTileColumns, StateTile>(read, rows, tile, 16 * k, true);
+#pragma unroll 1
+        for (int feature0 = 0; feature0 < x_columns; feature0 += kColumns) {
+          __syncthreads();  // the tiles before are read
+          copy_tile<Element, XTile, kColumns>(base, x, segment.batch, head, first, segment.end, feature0);
+          if (feature0 == 0) {
+            copy_tile<Element, ZTile, kTileColumns>(base + kZ, z, segment.batch, head, first, segment.end, column0);
           }
-          if (with_key_sum) {
-            float column[4];  // 0 and 1 of eight: the sums, in two rounded parts
+          ptx::cp_async_commit();
+          ptx::cp_async_wait<0>();
+          __syncthreads();
+#pragma unroll(kUnroll)
+          for (int k = 0; k < kColumns / 16; ++k) {
+            FragmentA rows;
+            Engine::template load_a<XTile>(rows, base, 16 * warp, 16 * k);
+            const int row = feature0 + 16 * k;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float value = key_sum[16 * k + 2 * t + i / 2 * 8 + i % 2], high = Engine::round(value);
-              column[i] = g == 0 ? high : g == 1 ? value - high : 0.f;
+            for (int of = 0; of < kStateParts; ++of) {
+              const uint32_t tile = base + kState + of * StateTile::kBytes;
+              Engine::template gemm_kn<kTileColumns, StateTile>(read, rows, tile, row, true);
             }
-            Engine::mma(read_sum, rows, Engine::pack_b(column));
+            if (with_key_sum) {
+              float column[4];  // 0 and 1 of eight: the sums, in two rounded parts
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const float value = key_sum[row + 2 * t + i / 2 * 8 + i % 2], high = Engine::round(value);
+                column[i] = g == 0 ? high : g == 1 ? value - high : 0.f;
+              }
+              Engine::mma(read_sum, rows, Engine::pack_b(column));
+            }
           }
         }
 #pragma unroll
@@ -514,15 +550,15 @@ struct StateTerms {
   }
 };
 
-template <class Engine, int kDim>
+template <class Engine, int kDim, int kColumns>
 __global__ void __launch_bounds__(kWarpgroupThreads, 1)
     state_terms_kernel(const __grid_constant__ DecayGradientArgs args, Terms terms) {
   const int array = blockIdx.x % (2 * terms.state_parts), part = array % terms.state_parts;
   const int block = blockIdx.x / (2 * terms.state_parts), kv_head = block % args.scan.num_kv_heads;
   const Segment segment = find_segment(args.scan, block / args.scan.num_kv_heads);
   if (!segment.exists) return;
-  StateTerms<Engine, kDim>::run(args, segment, kv_head, part, /*is_after=*/array != part,
-                                array_at(args, terms.states, terms.array, array, segment, kv_head));
+  StateTerms<Engine, kDim, kColumns>::run(args, segment, kv_head, part, /*is_after=*/array != part,
+                                          array_at(args, terms.states, terms.array, array, segment, kv_head));
 }
 
 // This thread's share of x . y over `size` elements.
@@ -636,36 +672,88 @@ int check_blocks(int64_t blocks) {
   return set_error("decay gradient: %lld blocks are more than a grid holds", static_cast<long long>(blocks));
 }
 
+int check_smem(int needed) {
+  if (needed <= smem_limit()) return 0;
+  return set_error("decay gradient: %d bytes of shared memory a block are needed, the device has %d", needed,
+                   smem_limit());
+}
+
+template <class Engine, int kColumns, bool kIsWhole>
+int launch_pair_sums_form(const DecayGradientArgs& args, const Terms& terms, bool only_check, cudaStream_t stream) {
+  using Pairs = PairSums<Engine, kColumns, kIsWhole>;
+  const int num_stages = Pairs::smem_bytes(2) <= smem_limit() ? 2 : 1;
+  if (int error = check_smem(Pairs::smem_bytes(num_stages))) return error;
+  if (only_check) return 0;
+  const int64_t blocks = static_cast<int64_t>(args.scan.num_kv_heads) * args.scan.num_slots * terms.columns_count;
+  if (int error = check_blocks(blocks)) return error;
+  return launch(pair_sums_kernel<Engine, kColumns, kIsWhole>, dim3(static_cast<unsigned>(blocks)), kWarpgroupThreads,
+                Pairs::smem_bytes(num_stages), stream, args, terms, num_stages);
+}
+
+template <class Engine, int kDim, int kColumns>
+int launch_state_terms_form(const DecayGradientArgs& args, const Terms& terms, bool only_check, cudaStream_t stream) {
+  constexpr int kSmemBytes = StateTerms<Engine, kDim, kColumns>::kSmemBytes;
+  if (int error = check_smem(kSmemBytes)) return error;
+  if (only_check) return 0;
+  const int64_t blocks = int64_t{2} * terms.state_parts * args.scan.num_kv_heads * args.scan.num_slots;
+  if (int error = check_blocks(blocks)) return error;
+  return launch(state_terms_kernel<Engine, kDim, kColumns>, dim3(static_cast<unsigned>(blocks)), kWarpgroupThreads,
+                kSmemBytes, stream, args, terms);
+}
+
+// Tiles in parts, as the compact form of a scan (scan_sm80.cuh): compiled where some device lacks the memory for whole
+// tiles, and by themselves where most do.
 template <class Engine, int kDim>
-int launch_terms_of_dim(const DecayGradientArgs& args, const Terms& terms, cudaStream_t stream) {
-  using Pairs = PairSums<Engine, kDim>;
-  using States = StateTerms<Engine, kDim>;
-  const int64_t units = static_cast<int64_t>(args.scan.num_kv_heads) * args.scan.num_slots;
-  const int limit = smem_limit(), num_stages = Pairs::smem_bytes(2) <= limit ? 2 : 1;
-  const int needed = std::max(Pairs::smem_bytes(num_stages), terms.states == nullptr ? 0 : States::kSmemBytes);
-  if (needed > limit) {
-    return set_error("decay gradient: %d bytes of shared memory a block are needed, the device has %d", needed, limit);
+int launch_pair_sums(const DecayGradientArgs& args, const Terms& terms, bool only_check, cudaStream_t stream) {
+  constexpr int kSmemBytes = PairSums<Engine, kDim, true>::smem_bytes(1);
+  constexpr bool kHasParts = kSmemBytes > kLeastSmemLimit, kHasWhole = kDim <= Engine::kMaxWholeRows;
+  if constexpr (kHasWhole) {
+    if (!kHasParts || kSmemBytes <= smem_limit()) {
+      return launch_pair_sums_form<Engine, kDim, true>(args, terms, only_check, stream);
+    }
   }
-  const int64_t pair_blocks = units * terms.columns_count, state_blocks = units * 2 * terms.state_parts;
-  if (int error = check_blocks(std::max(pair_blocks, state_blocks))) return error;
-  if (int error = launch(pair_sums_kernel<Engine, kDim>, dim3(static_cast<unsigned>(pair_blocks)), kWarpgroupThreads,
-                         Pairs::smem_bytes(num_stages), stream, args, terms, num_stages)) {
-    return error;
+  if constexpr (kHasParts) {
+    return launch_pair_sums_form<Engine, kPartColumns, false>(args, terms, only_check, stream);
   }
-  if (terms.states == nullptr) return 0;
-  return launch(state_terms_kernel<Engine, kDim>, dim3(static_cast<unsigned>(state_blocks)), kWarpgroupThreads,
-                States::kSmemBytes, stream, args, terms);
+}
+
+template <class Engine, int kDim>
+int launch_state_terms(const DecayGradientArgs& args, const Terms& terms, bool only_check, cudaStream_t stream) {
+  constexpr int kSmemBytes = StateTerms<Engine, kDim, kDim>::kSmemBytes;
+  constexpr bool kHasParts = kSmemBytes > kLeastSmemLimit, kHasWhole = kDim <= Engine::kMaxWholeRows;
+  if constexpr (kHasWhole) {
+    if (!kHasParts || kSmemBytes <= smem_limit()) {
+      return launch_state_terms_form<Engine, kDim, kDim>(args, terms, only_check, stream);
+    }
+  }
+  if constexpr (kHasParts) {
+    return launch_state_terms_form<typename Engine::Compact, kDim, kPartColumns>(args, terms, only_check, stream);
+  }
+}
+
+template <class Engine, int kDim>
+int launch_terms_of_dim(const DecayGradientArgs& args, const Terms& terms, bool only_check, cudaStream_t stream) {
+  if (int error = launch_pair_sums<Engine, kDim>(args, terms, only_check, stream)) return error;
+  if (terms.states == nullptr && !only_check) return 0;
+  return launch_state_terms<Engine, kDim>(args, terms, only_check, stream);
 }
 
 template <class Engine>
-int launch_terms(const DecayGradientArgs& args, const Terms& terms, cudaStream_t stream) {
+int launch_terms(const DecayGradientArgs& args, const Terms& terms, bool only_check, cudaStream_t stream) {
   const int dim = std::max(args.scan.feature_dim, args.scan.value_dim);
-  if (dim <= 64) return launch_terms_of_dim<Engine, 64>(args, terms, stream);
-  if (dim <= 128) return launch_terms_of_dim<Engine, 128>(args, terms, stream);
-  if constexpr (std::is_same_v<Engine, Bf16Mma>) {
-    if (dim <= 256) return launch_terms_of_dim<Engine, 256>(args, terms, stream);
+  if (dim <= 64) return launch_terms_of_dim<Engine, 64>(args, terms, only_check, stream);
+  if (dim <= 128) return launch_terms_of_dim<Engine, 128>(args, terms, only_check, stream);
+  if (dim <= kMaxDim) return launch_terms_of_dim<Engine, kMaxDim>(args, terms, only_check, stream);
+  return set_error("decay gradient: dimensions go up to %d, got %d", kMaxDim, dim);
+}
+
+int launch_terms_of(int dtype, const DecayGradientArgs& args, const Terms& terms, bool only_check,
+                    cudaStream_t stream) {
+  switch (dtype) {
+    case HF_LINATTN_BF16: return launch_terms<Bf16Mma>(args, terms, only_check, stream);
+    case HF_LINATTN_FP16: return launch_terms<Tf32Mma<1, __half>>(args, terms, only_check, stream);
+    default: return launch_terms<Tf32Mma<3, float>>(args, terms, only_check, stream);
   }
-  return set_error("decay gradient: dimension %d is more than the kernels take", dim);
 }
 
 }  // namespace
@@ -673,6 +761,13 @@ int launch_terms(const DecayGradientArgs& args, const Terms& terms, cudaStream_t
 int64_t decay_gradient_floats(const hf_linattn_problem& problem) {
   const int64_t arrays = 1 + chunks_of_segment(problem.tokens) + 2 * state_parts_of(problem.value_dim);
   return arrays * problem.batch * problem.num_kv_heads * problem.tokens;
+}
+
+int check_decay_gradient(int dtype, int feature_dim, int value_dim) {
+  DecayGradientArgs args = {};
+  args.scan.feature_dim = feature_dim;
+  args.scan.value_dim = value_dim;
+  return launch_terms_of(dtype, args, {}, /*only_check=*/true, nullptr);
 }
 
 int run_decay_gradient(int dtype, const DecayGradientArgs& args, void* stream) {
@@ -690,10 +785,7 @@ int run_decay_gradient(int dtype, const DecayGradientArgs& args, void* stream) {
   if (has_states || scan.num_slots > scan.num_sequences) {
     terms.states = terms.columns + terms.columns_count * terms.array;
   }
-  const int error = dtype == HF_LINATTN_BF16   ? launch_terms<Bf16Mma>(args, terms, on)
-                    : dtype == HF_LINATTN_FP16 ? launch_terms<Tf32Mma<1, __half>>(args, terms, on)
-                                               : launch_terms<Tf32Mma<3, float>>(args, terms, on);
-  if (error != 0) return error;
+  if (int error = launch_terms_of(dtype, args, terms, /*only_check=*/false, on)) return error;
   const int64_t blocks = static_cast<int64_t>(scan.num_kv_heads) * scan.num_slots;
   return launch(decay_gradient_kernel, dim3(static_cast<unsigned>(blocks)), kSumThreads, sizeof(ChunkSums), on,
                 args, terms);

@@ -21,6 +21,8 @@ struct DecayGradientArgs {
 
 // Length of DecayGradientArgs::workspace.
 int64_t decay_gradient_floats(const hf_linattn_problem& problem);
+// 0 if the kernels take these dimensions on the current device, else an error.
+int check_decay_gradient(int dtype, int feature_dim, int value_dim);
 int run_decay_gradient(int dtype, const DecayGradientArgs& args, void* stream);
 
 }  // namespace hf_linattn

@@ -91,7 +91,8 @@ inline int setting(const char* name, int otherwise) {
 
 // Most shared memory of a block, by compute capability.
 inline size_t smem_limit(int capability) {
-  return (capability >= 90 ? 227 : capability == 80 || capability == 87 ? 163 : 99) * size_t{1024};
+  if (capability >= 90 && capability < 120) return 227 * size_t{1024};
+  return (capability == 80 || capability == 87 ? 163 : 99) * size_t{1024};
 }
 
 #ifdef __x86_64__

@@ -59,9 +59,12 @@ struct Bf16Mma {
   };
   static constexpr bool kIsAsync = false;    // products are in flight between commit and wait
   static constexpr bool kIsRounding = true;  // operands carry fewer bits than float
+  static constexpr bool kTruncates = true;   // where it adds to an accumulator
   static constexpr bool kZeroFilled = true;  // rows beyond the segment arrive as zeros
   static constexpr int kScoreColumns = 64;   // scores of a warp's rows in registers at a time
   static constexpr int kMaxWideRows = 128;   // rows of a state of which registers hold 64 columns, else 32
+  static constexpr int kMaxWholeRows = 256;  // rows of a state beside which shared memory holds x whole, else in parts
+  using Compact = Bf16Mma;                   // what scans in parts use that round a state to two operands
 
   // A tile as operand B.
   using Operand = uint32_t;
@@ -223,10 +226,12 @@ struct Tf32Mma {
     float r[4];
   };
   static constexpr bool kIsAsync = false;
-  static constexpr bool kIsRounding = kPasses == 1;
+  static constexpr bool kIsRounding = kPasses == 1, kTruncates = kPasses == 1;
   static constexpr bool kZeroFilled = true;
   static constexpr int kScoreColumns = 32;  // splitting operands takes registers
   static constexpr int kMaxWideRows = kPasses == 3 ? 64 : 128;
+  static constexpr int kMaxWholeRows = 128;
+  using Compact = Tf32Mma<3, ElementType>;  // one operand of a state has all its bits
 
   using Operand = uint32_t;
   static __device__ __forceinline__ Operand operand(uint32_t tile) { return tile; }

@@ -86,6 +86,11 @@ int hf_linattn_step(const hf_linattn_step_problem* problem, void* stream);
 // is the last error).
 int hf_linattn_path(const hf_linattn_problem* problem);
 
+// The largest feature and value dimensions that forward and backward take on the current device in this dtype, whatever
+// else the problem is; 0 when no kernel runs (the reason is the last error). hf_linattn_step takes its own everywhere.
+int hf_linattn_largest_dim(int32_t dtype);
+int hf_linattn_step_largest_dim(void);
+
 const char* hf_linattn_last_error(void);
 
 #ifdef __cplusplus

@@ -26,6 +26,7 @@
 namespace hf_linattn {
 
 constexpr size_t kErrorBytes = 2048;
+constexpr int kLeastSmemLimit = 99 * 1024;  // smem_limit() of the devices with least: compute capability 8.6, 8.9, 12.0
 
 inline char* error_buffer() {
   static thread_local char text[kErrorBytes] = "";

@@ -292,10 +292,23 @@ int hf_linattn_path(const hf_linattn_problem* problem) {
   ScanArgs query = args;
   std::swap(query.y, query.z);
   if (check_scan_sm80(ScanKind::kOutput, problem->causal, problem->dtype, args) != 0 ||
-      check_scan_sm80(ScanKind::kQueryGrad, problem->causal, problem->dtype, query) != 0) {
+      check_scan_sm80(ScanKind::kQueryGrad, problem->causal, problem->dtype, query) != 0 ||
+      check_decay_gradient(problem->dtype, problem->feature_dim, problem->value_dim) != 0) {
     return -1;
   }
   return HF_LINATTN_PATH_SM80;
+}
+
+int hf_linattn_largest_dim(int32_t dtype) {
+  hf_linattn_problem problem = {};
+  problem.dtype = dtype;
+  problem.path = HF_LINATTN_PATH_SM80;
+  problem.causal = 1;
+  for (int dim = kMaxDim; dim >= kTileColumns; dim /= 2) {
+    problem.feature_dim = problem.value_dim = dim;
+    if (hf_linattn_path(&problem) == HF_LINATTN_PATH_SM80) return dim;
+  }
+  return 0;
 }
 
 const char* hf_linattn_last_error(void) { return last_error(); }

@@ -28,6 +28,7 @@ namespace hf_linattn {
 
 constexpr int kChunk = 64;        // tokens handled by one product of scores
 constexpr int kTileColumns = 64;  // columns of z, and of the state, that one warpgroup owns
+constexpr int kMaxDim = 256;      // features and value channels, where shared memory allows
 constexpr float kDenominatorEps = 1e-6f;  // DENOMINATOR_EPS of reference.py
 
 enum class ScanKind { kOutput, kQueryGrad, kKeyGrad, kValueGrad, kState, kStateGrad };

@@ -204,11 +204,11 @@ __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
     }
     const uint32_t z_tile = stage.z;
     const typename Work::EngineType::Operand z = Work::EngineType::operand(z_tile);
-    constexpr int kStep = Work::kSumsApart ? 1 : Work::kStateTiles;
-    if (!kAhead && !Work::kSumsApart) load_fragments(y);
+    constexpr int kStep = Work::kTilesAtOnce;
 #pragma unroll
     for (int m = 0; m < Work::kStateTiles; m += kStep) {
-      if (!kAhead && Work::kSumsApart) work.load_update(y[m], stage.y, m);
+#pragma unroll
+      for (int i = m; i < m + kStep && !kAhead; ++i) work.load_update(y[i], stage.y, i);
       work.update_tiles(m, y, z, [&] {
         if (m == 0 && work.with_column_sums()) work.sum_columns(z_tile);
         if (kAhead && m + kStep == Work::kStateTiles && item + 1 < items) prepare(item + 1), load_fragments(ahead);

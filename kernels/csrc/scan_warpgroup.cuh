@@ -84,14 +84,16 @@ __device__ __forceinline__ float* entry(float* member, int64_t n, int64_t size) 
   return member == nullptr ? nullptr : member + n * size;
 }
 
-template <class Engine, ScanKind kKind, bool kCausal, bool kDecay, int kRows, int kCols>
+// kXParts: x is in shared memory as so many equal parts of its columns, one after the other.
+template <class Engine, ScanKind kKind, bool kCausal, bool kDecay, int kRows, int kCols, int kXParts = 1>
 struct ScanWarpgroup {
   using EngineType = Engine;
   using Element = typename Engine::Element;
   using OperandElement = typename Engine::OperandElement;
   using FragmentA = typename Engine::FragmentA;
   using FragmentB = typename Engine::FragmentB;
-  using XTile = typename Engine::template Tile<kChunk, kRows>;
+  using XTile = typename Engine::template Tile<kChunk, kRows>;  // of x whole, and of y
+  using XPartTile = typename Engine::template Tile<kChunk, kRows / kXParts>;
   using ZTile = typename Engine::template Tile<kChunk, kCols>;
   using StateTile = typename Engine::template Tile<kRows, kCols>;
   using OutTile = typename Engine::template Tile<16, kCols>;
@@ -115,11 +117,12 @@ struct ScanWarpgroup {
   // Tensor cores truncate where they accumulate, a bias that grows with the number of chunks: the products of a chunk are
   // summed by themselves and then added, where registers allow. dk and dq are small differences of what the state and the
   // sums beside it give: either both have the bias, or neither.
-  static constexpr bool kSumsApart =
-      !(Engine::kIsAsync && kRows > 64 && (kKind == ScanKind::kQueryGrad || kKind == ScanKind::kValueGrad));
-  static constexpr int kRowsPadded = kRows, kColumns = kCols;
+  // State kinds see one segment only.
+  static constexpr bool kSumsApart = Engine::kTruncates && !(Engine::kIsAsync && kRows > 64 &&
+                                                             (kRowConstant || kKind == ScanKind::kValueGrad || kStateOnly));
+  static constexpr int kRowsPadded = kRows, kColumns = kCols, kPartsOfX = kXParts;
   static constexpr int kStateTiles = kRows / 64;
-  static constexpr int kSteps = kRows / 16;
+  static constexpr int kSteps = kRows / 16, kPartSteps = kSteps / kXParts;
   // An asynchronous engine has all fragments of a chunk in registers, where no copy can change them, and only unrolled
   // loops can name them; the others save the registers.
   static constexpr int kXFragments = Engine::kIsAsync ? kSteps : 1;
@@ -440,10 +443,10 @@ struct ScanWarpgroup {
     }
   }
 
-  // Columns 16k .. 16k+15 of this warp's rows of x.
+  // Columns 16k .. 16k+15 of this warp's rows of x, or of the part of x that is there.
   template <int kSize>
   __device__ __forceinline__ FragmentA& x_fragment(FragmentA (&x)[kSize], int k, uint32_t x_tile) {
-    if constexpr (!Engine::kIsAsync) Engine::template load_a<XTile>(x[0], x_tile, 16 * warp, 16 * k);
+    if constexpr (!Engine::kIsAsync) Engine::template load_a<XPartTile>(x[0], x_tile, 16 * warp, 16 * k);
     return x[Engine::kIsAsync ? k : 0];
   }
 
@@ -453,29 +456,32 @@ struct ScanWarpgroup {
     for (int k = 0; k < kSteps; ++k) Engine::template load_a<XTile>(x[k], x_tile, 16 * warp, 16 * k);
   }
 
-  // extra = x . row_sums: what earlier chunks contribute to the extra column. The sums enter as two
+  // extra += x . row_sums: what earlier chunks contribute to the extra column. The sums enter as two
   // rounded parts, in columns 0 and 1 of the product, so that they lose nothing that matters.
   template <int kSize>
-  __device__ __forceinline__ void read_row_sums(float (&extra)[4], FragmentA (&x)[kSize], uint32_t x_tile) {
+  __device__ __forceinline__ void read_row_sums(float (&extra)[4], FragmentA (&x)[kSize], uint32_t x_tile,
+                                                int x_part = 0) {
     const OperandElement* sums = &shared_at<OperandElement>(places.sums + kRowSums) + g % 2 * kRows + 2 * t;
 #pragma unroll(kUnrollSteps)
-    for (int k = 0; k < kSteps; ++k) {
-      const FragmentB part = Engine::load_b_column(sums + 16 * k, g < 2);
+    for (int k = 0; k < kPartSteps; ++k) {
+      const FragmentB part = Engine::load_b_column(sums + 16 * (x_part * kPartSteps + k), g < 2);
       Engine::mma(extra, x_fragment(x, k, x_tile), part);
     }
   }
 
-  // x . state, in flight on return.
+  // x . state, in flight on return; later parts of x add to it.
   template <int kSize>
-  __device__ __forceinline__ void read_state(float (&o)[kCols / 2], FragmentA (&x)[kSize], uint32_t x_tile) {
+  __device__ __forceinline__ void read_state(float (&o)[kCols / 2], FragmentA (&x)[kSize], uint32_t x_tile,
+                                             int x_part = 0) {
     Engine::fence();
-    Engine::start(o);
+    if (kXParts == 1 || x_part == 0) Engine::start(o);
 #pragma unroll
     for (int part = 0; part < kStateParts; ++part) {
       const typename Engine::Operand operand = Engine::operand(places.operand + part * StateTile::kBytes);
 #pragma unroll(kUnrollSteps)
-      for (int k = 0; k < kSteps; ++k) {
-        Engine::template gemm_kn<kCols, StateTile>(o, x_fragment(x, k, x_tile), operand, 16 * k, part + k != 0);
+      for (int k = 0; k < kPartSteps; ++k) {
+        const int row = 16 * (x_part * kPartSteps + k);
+        Engine::template gemm_kn<kCols, StateTile>(o, x_fragment(x, k, x_tile), operand, row, part + row != 0);
       }
     }
   }
@@ -519,16 +525,31 @@ struct ScanWarpgroup {
     for (int first = 0; first < kChunk; first += kScores) {
       float p[kScores / 2];
       Engine::start(p);
+      add_scores<kScores>(p, x, stage, first, 0);
+      add_weighted<kScores>(rows, p, stage, first, valid);
+    }
+  }
+
+  // p += x . y for this part of x and kScores sources.
+  template <int kScores, int kSize>
+  __device__ __forceinline__ void add_scores(float (&p)[kScores / 2], FragmentA (&x)[kSize], const StageTiles& stage,
+                                             int first, int x_part) {
 #pragma unroll 1
-      for (int k = 0; k < kSteps; ++k) {
-        const uint32_t sources = stage.y + first * XTile::kRowBytes;
-        Engine::template gemm_nk<kScores, XTile>(p, x_fragment(x, k, stage.x), sources, 16 * k, true);
-      }
+    for (int k = 0; k < kPartSteps; ++k) {
+      const uint32_t sources = stage.y + first * XTile::kRowBytes;
+      const int column = 16 * (x_part * kPartSteps + k);
+      Engine::template gemm_nk<kScores, XTile>(p, x_fragment(x, k, stage.x), sources, column, true);
+    }
+  }
+
+  // o += z of these sources, weighed by their scores p.
+  template <int kScores>
+  __device__ __forceinline__ void add_weighted(RowSums& rows, const float (&p)[kScores / 2], const StageTiles& stage,
+                                               int first, int valid) {
 #pragma unroll
-      for (int k = 0; k < kScores / 16; ++k) {
-        const FragmentA weights = weigh(p, k, first + 16 * k, rows, valid);
-        Engine::template gemm_kn<kCols, ZTile>(rows.o, weights, stage.z, first + 16 * k, true);
-      }
+    for (int k = 0; k < kScores / 16; ++k) {
+      const FragmentA weights = weigh(p, k, first + 16 * k, rows, valid);
+      Engine::template gemm_kn<kCols, ZTile>(rows.o, weights, stage.z, first + 16 * k, true);
     }
   }
 
@@ -679,18 +700,18 @@ struct ScanWarpgroup {
     if (with_column_sums()) sum_columns(stage.z);
 #pragma unroll
     for (int m = 0; m < kStateTiles; ++m) {
-      float added[kCols / 2], sums[4];
-      Engine::start(added);
-      Engine::start(sums);
+      float added[kCols / 2], added_to_row[4];
+      float(&sum)[kCols / 2] = kSumsApart ? added : state[m];
+      float(&row_sum)[4] = kSumsApart ? added_to_row : row_sums[m];
+      if (kSumsApart) Engine::start(added), Engine::start(added_to_row);
 #pragma unroll 1
       for (int k = 0; k < kChunk / 16; ++k) {
         FragmentA y;
         load_update(y, stage.y, m, k);
-        if (with_extra()) Engine::mma(sums, y, extra_column(k));
-        Engine::template gemm_kn<kCols, ZTile>(added, y, Engine::operand(stage.z), 16 * k, true);
+        if (with_extra()) Engine::mma(row_sum, y, extra_column(k));
+        Engine::template gemm_kn<kCols, ZTile>(sum, y, Engine::operand(stage.z), 16 * k, true);
       }
-      add_to(state[m], added);
-      add_to(row_sums[m], sums);
+      if (kSumsApart) add_to(state[m], added), add_to(row_sums[m], added_to_row);
     }
   }
   template <int kSize>
@@ -706,19 +727,19 @@ struct ScanWarpgroup {
     for (int k = 0; k < kChunk / 16; ++k) load_update(y[k], y_tile, m, k);
   }
 
-  // The products of tile m, or with kSumsApart false of all tiles, into the state; `meanwhile` runs beside them.
+  // The products of tiles m .. m + kTilesAtOnce - 1 into the state; `meanwhile` runs beside them.
+  static constexpr int kTilesAtOnce = kSumsApart ? 1 : kStateTiles;
   template <class Meanwhile>
   __device__ __forceinline__ void update_tiles(int m, UpdateFragments (&y)[kStateTiles], typename Engine::Operand z,
                                                Meanwhile meanwhile) {
-    constexpr int kTiles = kSumsApart ? 1 : kStateTiles;
-    float added[kCols / 2];
+    float added[kTilesAtOnce][kCols / 2];
     Engine::fence();
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
 #pragma unroll
-      for (int i = m; i < m + kTiles; ++i) {
-        float(&sum)[kCols / 2] = kSumsApart ? added : state[i];
-        Engine::template gemm_kn<kCols, ZTile>(sum, y[i][k], z, 16 * k, !kSumsApart || k != 0);
+      for (int i = 0; i < kTilesAtOnce; ++i) {
+        float(&sum)[kCols / 2] = kSumsApart ? added[i] : state[m + i];
+        Engine::template gemm_kn<kCols, ZTile>(sum, y[m + i][k], z, 16 * k, !kSumsApart || k != 0);
       }
     }
     Engine::commit();
@@ -727,19 +748,20 @@ struct ScanWarpgroup {
       for (int k = 0; k < kChunk / 16; ++k) {
         const FragmentB extra = extra_column(k);
 #pragma unroll
-        for (int i = m; i < m + kTiles; ++i) Engine::mma(row_sums[i], y[i][k], extra);
+        for (int i = m; i < m + kTilesAtOnce; ++i) Engine::mma(row_sums[i], y[i][k], extra);
       }
     }
     meanwhile();
     Engine::template wait<0>();
-    if constexpr (kSumsApart) {
-      Engine::keep(added);
-      add_to(state[m], added);
-    }
 #pragma unroll
-    for (int i = m; i < m + kTiles; ++i) {
-      Engine::keep(state[i]);
-      Engine::keep_fragments(y[i]);
+    for (int i = 0; i < kTilesAtOnce; ++i) {
+      if constexpr (kSumsApart) {
+        Engine::keep(added[i]);
+        add_to(state[m + i], added[i]);
+      } else {
+        Engine::keep(state[m + i]);
+      }
+      Engine::keep_fragments(y[m + i]);
     }
   }
 

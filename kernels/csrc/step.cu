@@ -349,6 +349,8 @@ int check_step(const hf_linattn_step_problem& p) {
 }  // namespace
 }  // namespace hf_linattn
 
+extern "C" int hf_linattn_step_largest_dim(void) { return hf_linattn::kMaxDim; }
+
 extern "C" int hf_linattn_step(const hf_linattn_step_problem* problem, void* stream) {
   using namespace hf_linattn;
   const hf_linattn_step_problem& p = *problem;

@@ -14,9 +14,7 @@ LIBRARY_VARIABLE = "HF_LINATTN_LIBRARY"
 CUDA_PATH_VARIABLE = "HF_LINATTN_CUDA_PATH"
 CUDA_PATHS = {"auto": 0, "sm80": 1, "sm90": 2}
 COMPILED_OPS = ("linear_attention", "linear_attention_step")
-COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_COMPILED_DIM = 256
-LARGE_SHARED_MEMORY = 160 << 10
+COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of hf_linattn.h
 MIN_CAPABILITY = (8, 0)
 
 
@@ -70,24 +68,29 @@ def compiled_kernels_problem(
         return compiled_library_problem
     if dtype not in COMPILED_DTYPES:
         return f"the compiled kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
-    largest = _largest_compiled_dim(device, dtype)
+    problem = _compiled_device_problem(device.index) if device.type == "cuda" else None
+    if problem is not None:
+        return problem
     for name, dim in (("feature", feature_dim), ("value", value_dim)):
-        if dim is not None and not 1 <= dim <= largest:
+        if dim is None:
+            continue
+        largest = _largest_compiled_dim(device, dtype, op)
+        if not 1 <= dim <= largest:
             return (
                 f"the compiled kernels take 1 to {largest} {name} dimensions of {str(dtype).removeprefix('torch.')} "
                 f"here, not {dim}"
             )
-    return _compiled_device_problem(device.index) if device.type == "cuda" else None
+    return None
 
 
 @torch.compiler.assume_constant_result
-def _largest_compiled_dim(device: torch.device, dtype: torch.dtype) -> int:
-    """float16 and float32 take four bytes an element in shared memory, of which some devices have 99 KiB a block."""
-    largest = MAX_COMPILED_DIM if dtype == torch.bfloat16 else MAX_COMPILED_DIM // 2
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return largest
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return largest if shared >= LARGE_SHARED_MEMORY else largest // 2
+def _largest_compiled_dim(device: torch.device, dtype: torch.dtype, op: str) -> int:
+    """The library knows what its kernels need of the device's shared memory."""
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if device.type == "cuda" else 0
+    is_step = op == "linear_attention_step"
+    return torch.ops.hf_linattn.largest_dim(index, COMPILED_DTYPES.index(dtype), is_step)
 
 
 @torch.compiler.assume_constant_result

@@ -27,6 +27,7 @@ CASES = [
     replace(BASE, K=128, V=128, decay="scalar", a=0.5, state=True),
     replace(BASE, K=256, V=64, dtype=FP16, normalize=False),
     replace(BASE, T=70, K=64, V=64, dtype=FP32, decay="fixed"),
+    replace(BASE, T=70, K=192, V=256, dtype=FP32, decay="scalar", a=0.5, state=True),
     replace(BASE, T=70, K=33, V=80, a=0.5, state=True),
     replace(BASE, causal=False, K=128, V=128, a=0.5),
     replace(BASE, T=1100, H=1, decay="scalar", state=True),

@@ -120,7 +120,10 @@ def test_the_compiled_kernels_run_where_they_can(target, caplog):
     double = explain(target.device, torch.float64)
     assert double[0] == "chunked"
     assert "float64" in double[1]
-    assert explain(target.device, torch.bfloat16, feature_dim=257)[0] == "chunked"
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert explain(target.device, dtype, feature_dim=257)[0] == "chunked"
+        assert explain(target.device, dtype, op="linear_attention_step", feature_dim=256, value_dim=256)[0] == "cuda"
+        assert explain(target.device, dtype, op="linear_attention_step", value_dim=257)[0] == "chunked"
     assert explain(target.device, torch.bfloat16, op="window_linear_attention")[0] == "chunked"
     case = replace(LINEAR, K=260)
     with caplog.at_level(logging.INFO, "hf_linattn.kernels"):

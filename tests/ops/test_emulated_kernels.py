@@ -198,6 +198,20 @@ DECAY_CASES = [
     # Less shared memory: one stage of keys and values.
     DecayCase(T=200, H=2, H_kv=1, K=128, V=128, capability=80),
     DecayCase(T=200, H=2, H_kv=1, K=128, V=128, dtype=torch.bfloat16, capability=86),
+    # Tiles in parts.
+    *(
+        DecayCase(B=1, T=140, H=2, H_kv=1, K=k, V=v, dtype=dtype, a=0.5, state=True, normalize=k == 256, capability=c)
+        for k, v, dtype, c in (
+            (256, 64, torch.float32, 90),
+            (192, 256, torch.float32, 80),
+            (256, 256, torch.float16, 80),
+            (10, 250, torch.float16, 90),
+            (128, 65, torch.float32, 86),
+            (128, 128, torch.float16, 86),
+            (256, 129, torch.bfloat16, 86),
+        )
+    ),
+    DecayCase(B=1, T=1100, H=2, H_kv=1, K=256, V=200, lengths=(3, 1050), state=True),
     *(replace(WIDE_DECAY, T=1100, decay=decay, normalize=n) for decay in (0.5, 0.99, 0.9999) for n in (False, True)),
 ]
 SEGMENT = 1024  # kDecaySegment of decay_gradient.h

@@ -56,6 +56,19 @@ DIMENSION_CASES = [
         for dtype in (BF16, FP16)
     ),
     replace(WIDE, K=80, V=96, causal=False),
+    *(
+        replace(WIDE, K=256, V=256, dtype=x, decay=g, a=0.5, normalize=n, state=True)
+        for x in (FP16, FP32)
+        for g in (None, "scalar")
+        for n in (True, False)
+    ),
+    *(replace(WIDE, K=k, V=v, dtype=x) for k, v in ((256, 64), (192, 256), (129, 1)) for x in (FP16, FP32)),
+    *(replace(WIDE, K=256, V=192, dtype=x, causal=False, a=0.5) for x in (FP16, FP32)),
+    *(replace(WIDE, T=2048, K=256, V=256, dtype=x, decay="scalar") for x in (FP16, FP32)),
+    *(
+        packed((0, 70, 1, 0, 300), H=4, H_kv=2, K=256, V=256, dtype=x, scale=0.125, decay="scalar", a=0.5, state=True)
+        for x in (FP16, FP32)
+    ),
 ]
 FORM_CASES = [
     *(
