@@ -42,10 +42,6 @@ __device__ __forceinline__ float* array_at(const DecayGradientArgs& args, float*
   return arrays + which * size + row * args.scan.tokens;
 }
 
-__device__ __forceinline__ int chunk_count(const Segment& segment) {
-  return static_cast<int>((segment.end - segment.begin + kChunk - 1) / kChunk);
-}
-
 // log2 of the decays of tokens 2 lane and 2 lane + 1 of a chunk, 0 behind the segment.
 __device__ __forceinline__ void load_log_decay(float (&log_decay)[2], const ScanArgs& scan, const Segment& segment,
                                                int kv_head, int chunk) {

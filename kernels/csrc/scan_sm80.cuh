@@ -31,7 +31,7 @@ struct CopyPipe {
       : work(work),
         stages(stages),
         num_stages(num_stages),
-        chunks(work.chunk_count()),
+        chunks(chunk_count(work.segment)),
         members(kLoadsSources ? work.group : 1) {
     if (num_stages > 1) load_next();
   }
@@ -82,7 +82,7 @@ struct CopyPipe {
 // The steps of a scan, all by one warpgroup.
 template <class Work, class Pipe>
 __device__ __forceinline__ void run_portable_scan(Work& work, Pipe& pipe) {
-  const int chunks = work.chunk_count(), members = Work::kHasSources ? work.group : 1;
+  const int chunks = chunk_count(work.segment), members = Work::kHasSources ? work.group : 1;
   float log_decay = 0.f;  // of the whole segment, log2
   typename Work::TokenInputs next;
   work.load_state();

@@ -112,13 +112,13 @@ template <class Work, class Layout>
 __device__ __forceinline__ void produce(const ScanArgs& args, const TileMaps& maps, const Segment& segment, int head,
                                         int column0, uint32_t base) {
   constexpr int kHalves = Work::kRowsPadded / 64, kHalfBytes = kChunk * 128, kTiles = Layout::kStateWarps / 4;
-  const int chunks = static_cast<int>((segment.end - segment.begin + kChunk - 1) / kChunk);
+  const int chunks = chunk_count(segment);
   const int group = args.num_heads / args.num_kv_heads;
   const int members = Work::kReverse && Work::kHasSources ? group : 1;
   int stage = 0;
   uint32_t parity = 1;
   for (int step = 0; step < chunks; ++step) {
-    const int chunk = Work::kReverse ? chunks - 1 - step : step;
+    const int chunk = Work::chunk_at(step, chunks);
     const int token = static_cast<int>(segment.begin + static_cast<int64_t>(chunk) * kChunk);
     for (int member = 0; member < members; ++member) {
       ptx::mbarrier_wait(Layout::empty(base, stage), parity);
@@ -150,7 +150,7 @@ __device__ __forceinline__ void produce(const ScanArgs& args, const TileMaps& ma
 template <class Work, class Layout>
 __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
   RingPipe<Layout> pipe{base, tile};
-  const int chunks = work.chunk_count(), members = work.group;
+  const int chunks = chunk_count(work.segment), members = work.group;
   float log_decay = 0.f;  // of the whole segment, log2
   typename Work::TokenInputs next;
   work.load_state();
@@ -269,7 +269,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
   using Engine = typename Work::EngineType;
   constexpr int kRowGroups = Layout::kRowGroups;
   RingPipe<Layout> pipe{base, 0};
-  const int chunks = work.chunk_count(), members = Work::kHasSources ? work.group : 1;
+  const int chunks = chunk_count(work.segment), members = Work::kHasSources ? work.group : 1;
   typename Work::TokenInputs next;
   work.places.operand = Layout::operand(base, own);
   work.places.sums = Layout::sums(base, own);

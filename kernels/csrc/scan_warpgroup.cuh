@@ -24,6 +24,17 @@ struct StageTiles {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kSmallestLogDecay = -120.f;  // e^-120 is 0 in float32; -inf would leave NaN in differences
 
+// Where sequence n begins, counted over all of them.
+__device__ __forceinline__ int64_t sequence_bound(const ScanArgs& args, int n) {
+  if (args.cu_seqlens == nullptr) return n * args.tokens;
+  return args.cu_seqlens_is_int64 ? static_cast<const int64_t*>(args.cu_seqlens)[n]
+                                  : static_cast<const int32_t*>(args.cu_seqlens)[n];
+}
+
+__device__ __forceinline__ int chunk_count(const Segment& segment) {
+  return static_cast<int>((segment.end - segment.begin + kChunk - 1) / kChunk);
+}
+
 // Slot s of the grid -> its tokens. Dense: every sequence has the same number of slots. Packed: sequence n owns the slots
 // from cu_seqlens[n] / segment_tokens + n, enough for its segments whatever the lengths.
 __device__ __forceinline__ Segment find_segment(const ScanArgs& args, int slot) {
@@ -36,20 +47,16 @@ __device__ __forceinline__ Segment find_segment(const ScanArgs& args, int slot) 
     segment.sequence = segment.batch = slot / per_sequence;
     index = slot % per_sequence;
   } else {
-    auto bound = [&](int n) -> int64_t {
-      return args.cu_seqlens_is_int64 ? static_cast<const int64_t*>(args.cu_seqlens)[n]
-                                      : static_cast<const int32_t*>(args.cu_seqlens)[n];
-    };
     int low = 0, high = args.num_sequences - 1;  // the last n whose first slot is not beyond this one
     while (low < high) {
       const int middle = (low + high + 1) / 2;
-      if (bound(middle) / args.segment_tokens + middle <= slot) low = middle;
+      if (sequence_bound(args, middle) / args.segment_tokens + middle <= slot) low = middle;
       else high = middle - 1;
     }
     segment.sequence = low;
     segment.batch = 0;
-    start = bound(low);
-    length = bound(low + 1) - start;
+    start = sequence_bound(args, low);
+    length = sequence_bound(args, low + 1) - start;
     index = slot - static_cast<int>(start / args.segment_tokens + low);
   }
   const int64_t count = length > 0 ? (length + args.segment_tokens - 1) / args.segment_tokens : 1;
@@ -112,8 +119,7 @@ struct ScanWarpgroup {
   static constexpr bool kProjects = kRowConstant && Engine::kIsAsync;
   static constexpr int kKeyParts = kDecay ? 2 : 1;  // of the weights in z, whose error would not cancel
   // dq is a difference of two sums over all keys that nearly cancel: its state operand keeps twice the bits.
-  static constexpr bool kCancels = kKind == ScanKind::kQueryGrad;
-  static constexpr int kStateParts = kCancels && Engine::kIsRounding ? 2 : 1;
+  static constexpr int kStateParts = kRowConstant && Engine::kIsRounding ? 2 : 1;
   // Tensor cores truncate where they accumulate, a bias that grows with the number of chunks: the products of a chunk are
   // summed by themselves and then added, where registers allow. dk and dq are small differences of what the state and the
   // sums beside it give: either both have the bias, or neither.
@@ -135,7 +141,8 @@ struct ScanWarpgroup {
   static constexpr int kTokenArrayBytes = kChunk * 4, kFirstStateArray = kStateFactor, kRowArrays = kFirstStateArray;
   static constexpr int kOperandBytes = kHasOutput ? kStateParts * StateTile::kBytes : 0;
   // Beside the operand: row sums in two parts, each an operand; column sums; the extra column's own sum.
-  static constexpr int kRowSums = 0, kColumnSums = 2 * kRows * sizeof(OperandElement), kCount = kColumnSums + kCols * 4, kSumBytes = kCount + 16;
+  static constexpr int kRowSums = 0, kColumnSums = 2 * kRows * sizeof(OperandElement);
+  static constexpr int kCount = kColumnSums + kCols * 4, kSumBytes = kCount + 16;
   struct SharedPlaces {
     uint32_t operand, sums;  // of the state
     uint32_t tokens, out;    // of this warp: token arrays, and OutTile
@@ -197,11 +204,8 @@ struct ScanWarpgroup {
     return &shared_at<float>(places.tokens + which * kTokenArrayBytes);
   }
   __device__ __forceinline__ int source_head(int member) const { return kReverse ? kv_head * group + member : kv_head; }
-  __device__ __forceinline__ int chunk_count() const {
-    return static_cast<int>((segment.end - segment.begin + kChunk - 1) / kChunk);
-  }
   // The chunk of a step, its first token and how many it has.
-  __device__ __forceinline__ int chunk_at(int step, int chunks) const { return kReverse ? chunks - 1 - step : step; }
+  static __device__ __forceinline__ int chunk_at(int step, int chunks) { return kReverse ? chunks - 1 - step : step; }
   __device__ __forceinline__ int64_t first_token(int chunk) const {
     return segment.begin + static_cast<int64_t>(chunk) * kChunk;
   }

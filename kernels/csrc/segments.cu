@@ -20,12 +20,6 @@ __device__ __forceinline__ float* state_element(const hf_linattn_state& state, i
   return state.weight_sum == nullptr ? nullptr : state.weight_sum + entry_index;
 }
 
-__device__ __forceinline__ int64_t sequence_bound(const ScanArgs& args, int n) {
-  if (args.cu_seqlens == nullptr) return n * args.tokens;
-  return args.cu_seqlens_is_int64 ? static_cast<const int64_t*>(args.cu_seqlens)[n]
-                                  : static_cast<const int32_t*>(args.cu_seqlens)[n];
-}
-
 __device__ __forceinline__ int first_slot(const ScanArgs& args, int n) {
   if (args.cu_seqlens == nullptr) return n * (args.num_slots / args.num_sequences);
   return static_cast<int>(sequence_bound(args, n) / args.segment_tokens) + n;
