@@ -3,7 +3,8 @@
 Floor: the bytes an op must move (q, k, v, o once forward; 12 such tensors forward and backward) at the copy rate
 measured here. GB/s: these bytes over the measured time, and their share of the copy rate. TFLOP/s: the flop that the
 op cannot do without (`bench_entries.minimal_flop`) over the time. Memory: peak growth during a call beyond its inputs
-and results (forward: o; with backward: o, dq, dk, dv).
+and results (forward: o; with backward: o, dq, dk, dv). Forward and backward below `GRAPH_MS` are also replayed from a
+CUDA graph: at such sizes a call from Python measures the host as much as the kernels.
 """
 
 import contextlib
@@ -27,11 +28,12 @@ from hf_linattn.kernels import init_state, linear_attention, linear_attention_st
 from hf_linattn.kernels.cuda_library import compiled_kernels_problem
 
 MIB = 2**20
+GRAPH_MS = 1.0
 # Tensors of one q's size that a forward, and a forward with backward, must move at least.
 FORWARD_TENSORS, FORWARD_BACKWARD_TENSORS = 4, 12
 ROW_FIELDS = (
     *("suite", "op", "impl", "B", "H", "N", "D", "dtype"),
-    *("fwd_ms", "fwd_p10_ms", "fwd_p90_ms", "fwd_bwd_ms", "fwd_bwd_p10_ms", "fwd_bwd_p90_ms"),
+    *("fwd_ms", "fwd_p10_ms", "fwd_p90_ms", "fwd_bwd_ms", "fwd_bwd_p10_ms", "fwd_bwd_p90_ms", "fwd_bwd_graph_ms"),
     *("floor_fwd_ms", "floor_fwd_bwd_ms", "fwd_gbs", "fwd_bwd_gbs", "fwd_copy_share", "fwd_bwd_copy_share"),
     *("fwd_tflops", "fwd_bwd_tflops", "extra_fwd_mib", "extra_mib"),
 )
@@ -53,8 +55,8 @@ def run_suite(
     skip: Sequence[str] = (),
     runs: int = 20,
     bandwidth: float | None = None,
-) -> dict[str, list[dict]]:
-    """Measure one suite of `bench_suites.SUITES`.
+) -> Iterator[tuple[str, dict]]:
+    """Measure one suite of `bench_suites.SUITES`, row by row: a peer's compiler that aborts costs what comes after it.
 
     Args:
         suite: its name.
@@ -66,9 +68,9 @@ def run_suite(
         runs: least number of timed runs.
         bandwidth: bytes a second of a copy, measured if None.
 
-    Returns:
-        {"rows" | "decode" | "errors": one dict a measurement, in the fields of `ROW_FIELDS`, `DECODE_FIELDS` or
-        `ERROR_FIELDS`}; None where an implementation does not run.
+    Yields:
+        ("rows" | "decode" | "errors", one measurement in the fields of `ROW_FIELDS`, `DECODE_FIELDS` or
+        `ERROR_FIELDS`); None where an implementation does not run.
 
     Raises:
         ValueError: for a backend that is not available on this device.
@@ -77,15 +79,26 @@ def run_suite(
     bandwidth = bandwidth or copy_bandwidth(device)
     is_cuda = device.type == "cuda"
     if suite == "decode":
-        sizes = DECODE_SHAPES if is_cuda else CPU_DECODE_SHAPES
-        return {"decode": _chosen_rows(run_decode(device, dtype, sizes, runs, bandwidth), backends, skip)}
-    if suite == "errors":
-        return {"errors": run_errors(device, dtype, ERROR_SHAPES if is_cuda else CPU_ERROR_SHAPES, backends, skip)}
-    plan = timing_suite(suite, device.type)
-    impls = backends if backends is not None else None if shapes else plan.impls
-    entries = chosen_entries(device, dtype, backends, skip)
-    entries = [entry for entry in entries if impls is None or entry.impl in impls]
-    return {"rows": run_bench(device, dtype, shapes or plan.shapes, entries, runs, bandwidth, suite)}
+        section, sizes = "decode", DECODE_SHAPES if is_cuda else CPU_DECODE_SHAPES
+        rows = run_decode(device, dtype, sizes, runs, bandwidth, backends, skip)
+    elif suite == "errors":
+        section, sizes = "errors", ERROR_SHAPES if is_cuda else CPU_ERROR_SHAPES
+        rows = run_errors(device, dtype, sizes, backends, skip)
+    else:
+        section, plan = "rows", timing_suite(suite, device.type)
+        impls = backends if backends is not None else None if shapes else plan.impls
+        entries = chosen_entries(device, dtype, backends, skip)
+        entries = [entry for entry in entries if impls is None or entry.impl in impls]
+        rows = run_bench(device, dtype, shapes or plan.shapes, entries, runs, bandwidth, suite)
+    yield from ((section, row) for row in rows)
+
+
+def collect(measured: Iterable[tuple[str, dict]]) -> dict[str, list[dict]]:
+    """{section: rows} of what `run_suite` yields."""
+    sections: dict[str, list[dict]] = {}
+    for section, row in measured:
+        sections.setdefault(section, []).append(row)
+    return sections
 
 
 def chosen_entries(
@@ -111,10 +124,9 @@ def run_bench(
     entries: Sequence[BenchEntry],
     runs: int,
     bandwidth: float,
-    suite: str = "bars",
-) -> list[dict]:
+    suite: str,
+) -> Iterator[dict]:
     """One row for every entry that takes a shape, at every shape."""
-    rows = []
     for shape in map(Shape._make, shapes):
         tensor_ms = shape.B * shape.H * shape.N * shape.D * dtype.itemsize / bandwidth * 1e3
         for entry in entries:
@@ -134,15 +146,19 @@ def run_bench(
                     share = row[f"floor_{kind}_ms"] / row[f"{kind}_ms"]
                     row |= {f"{kind}_copy_share": share, f"{kind}_gbs": share * bandwidth / 1e9}
                     row[f"{kind}_tflops"] = flop / row[f"{kind}_ms"] / 1e9
-            rows.append(_rounded(row))
-    return rows
+            yield _rounded(row)
 
 
 def run_decode(
-    device: torch.device, dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]], runs: int, bandwidth: float
-) -> list[dict]:
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: Iterable[tuple[int, int, int]],
+    runs: int,
+    bandwidth: float,
+    backends: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+) -> Iterator[dict]:
     """Microseconds of one step against reading and writing the float32 state once; ours normalises, FLA's does not."""
-    rows = []
     for batch, heads, dim in shapes:
         q, k, v = (torch.rand(batch, heads, dim, dtype=dtype, device=device) for _ in range(3))
         state = init_state(batch, heads, dim, dim, device=device)
@@ -152,13 +168,14 @@ def run_decode(
         calls |= _fla_step(q, k, v, state.kv) if device.type == "cuda" else {}
         floor = 2 * state.kv.nbytes / bandwidth * 1e6
         for impl, call in calls.items():
+            if impl.startswith(tuple(skip)) or (backends is not None and impl not in backends):
+                continue
             row = {"impl": impl, "B": batch, "H": heads, "D": dim, "dtype": _dtype_name(dtype), "floor_us": floor}
             with _reported(f"{impl} step {(batch, heads, dim)}"):
                 timing, graph = time_call(call, device, runs), time_graph(call, device, runs)
                 row |= dict(zip(("us", "p10_us", "p90_us"), (1e3 * ms for ms in timing), strict=True))
                 row["graph_us"] = None if graph is None else 1e3 * graph.median
-            rows.append(_rounded(dict.fromkeys(DECODE_FIELDS) | row))
-    return rows
+            yield _rounded(dict.fromkeys(DECODE_FIELDS) | row)
 
 
 def run_errors(
@@ -167,13 +184,12 @@ def run_errors(
     shapes: Iterable[Shape],
     backends: Sequence[str] | None = None,
     skip: Sequence[str] = (),
-) -> list[dict]:
+) -> Iterator[dict]:
     """Relative RMSE of o, dq, dk, dv against float64, with one random output gradient for all.
 
     Forms: `normalized`, q, k, v uniform in [0, 1], where dq is a small difference of large terms; `sums`, not
     normalised, q, k, v normal. q comes multiplied by D^-0.5: implementations differ in where they scale.
     """
-    rows = []
     for form, impls in ERROR_FORMS.items():
         entries = [entry for entry in chosen_entries(device, dtype, backends, skip) if entry.impl in impls]
         for shape in shapes:
@@ -196,8 +212,7 @@ def run_errors(
                     actual = _forward_backward(entry.call, inputs, do)
                     for name, x, y in zip(("o", "dq", "dk", "dv"), actual, expected, strict=True):
                         row[name] = ((x.double() - y).norm() / y.norm()).item()
-                rows.append(_rounded(row))
-    return rows
+                yield _rounded(row)
 
 
 def _measure_entry(
@@ -223,6 +238,8 @@ def _measure_entry(
             found |= dict(zip((f"{kind}_ms", f"{kind}_p10_ms", f"{kind}_p90_ms"), timing, strict=True))
             extra = peak_bytes(call, device) - results * q.numel() * dtype.itemsize
             found["extra_fwd_mib" if kind == "fwd" else "extra_mib"] = max(extra, 0) / MIB
+        if device.type == "cuda" and found["fwd_bwd_ms"] < GRAPH_MS:
+            found["fwd_bwd_graph_ms"] = time_graph(forward_backward, device, runs).median
     return found
 
 
@@ -243,11 +260,6 @@ def _fla_step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> dict[str, Callable
             lambda: fused_recurrent_linear_attn(q, k, v, scale=1.0, initial_state=kv, output_final_state=True)
         )
     }
-
-
-def _chosen_rows(rows: list[dict], backends: Sequence[str] | None, skip: Sequence[str]) -> list[dict]:
-    chosen = [row for row in rows if backends is None or row["impl"] in backends]
-    return [row for row in chosen if not row["impl"].startswith(tuple(skip))]
 
 
 @contextlib.contextmanager

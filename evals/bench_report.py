@@ -1,7 +1,8 @@
 """What `hf-linattn bench` shows and keeps: tables, one line of JSON, log-log plots, the results file of a device.
 
-The results file has the keys device, copy_gbs, torch, peers, commit, date, command, suites, and of rows (the timing
-suites), decode and errors those that were measured; measuring a suite again on the same device replaces its part.
+The results file has the keys device, torch, peers, runs, and of rows (the timing suites), decode and errors those that
+were measured. Every row names its run, a key of runs: {date: suite, commit, command, copy_gbs}. Measuring the same
+again on the same device replaces the row.
 """
 
 import json
@@ -17,7 +18,9 @@ from hf_linattn.evals.results_file import write_results
 
 PEERS = ("triton", "fla-core", "flash-linear-attention", "mlstm-kernels")
 SECTIONS = ("rows", "decode", "errors")
-NUMBERS_WIDTH = 170
+# What tells a measurement from the others of its section.
+ROW_KEY = ("suite", "form", "impl", "B", "H", "N", "D", "dtype")
+NUMBERS_WIDTH = 190
 MEASURES = (("fwd_ms", "forward, ms"), ("fwd_bwd_ms", "forward + backward, ms"), ("extra_mib", "extra memory, MiB"))
 
 
@@ -54,6 +57,7 @@ def timing_table(rows: list[dict]) -> Table:
             "x",
             "forward + backward",
             "x",
+            "in a graph",
             "GB/s",
             "% of copy",
             "TFLOP/s",
@@ -75,7 +79,8 @@ def timing_table(rows: list[dict]) -> Table:
         extra = " / ".join(_number(row[name], 1) for name in ("extra_fwd_mib", "extra_mib"))
         shape = ", ".join(str(row[name]) for name in "BHND")
         rates = both(row, "{}_gbs", 0), both(row, "{}_copy_share", 0, 100), both(row, "{}_tflops", 1)
-        table.add_row(row["impl"], shape, row["dtype"], *cells, *rates, extra)
+        graph = _number(row["fwd_bwd_graph_ms"], 3)
+        table.add_row(row["impl"], shape, row["dtype"], *cells, graph, *rates, extra)
     return table
 
 
@@ -139,34 +144,44 @@ def plot_bench(rows: list[dict], path: Path) -> bool:
     return True
 
 
-def write_bench(path: Path, facts: dict, results: dict) -> list[Path]:
-    """Merge the results of some suites into the results file, and plot them beside it.
+def write_bench(path: Path, facts: dict, sections: dict[str, list[dict]]) -> None:
+    """Merge rows of one run into the results file.
 
     Args:
         path: the JSON file, made if it does not exist.
-        facts: device, copy_gbs, torch, peers, commit, date, command.
-        results: {suite: sections, from `bench.run_suite`}.
-
-    Returns:
-        The files written.
+        facts: device, torch, peers, and of the run date, suite, commit, command, copy_gbs.
+        sections: {section: rows}, from `bench.run_suite`.
 
     Raises:
         UserError: the file holds results of another device or version of PyTorch.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = _read(path, facts)
-    merged = facts | {"suites": kept.get("suites", {})}
+    merged = {name: facts[name] for name in ("device", "torch", "peers")}
+    merged["runs"] = kept.get("runs", {}) | {
+        facts["date"]: {name: facts[name] for name in ("suite", "commit", "command", "copy_gbs")}
+    }
     for section in SECTIONS:
-        merged[section] = list(kept.get(section, []))
-    written = [path]
-    for suite, sections in results.items():
-        merged["suites"][suite] = {name: facts[name] for name in ("commit", "date", "command")}
-        for section, rows in sections.items():
-            merged[section] = [row for row in merged[section] if row.get("suite", suite) != suite] + rows
+        rows = {_row_key(row): row for row in kept.get(section, [])}
+        rows |= {_row_key(row): row | {"run": facts["date"]} for row in sections.get(section, [])}
+        if rows:
+            merged[section] = list(rows.values())
+    used = {row["run"] for section in SECTIONS for row in merged.get(section, [])}
+    merged["runs"] = {date: run for date, run in merged["runs"].items() if date in used}
+    write_results(path, merged)
+
+
+def _row_key(row: dict) -> tuple:
+    return tuple(row.get(name) for name in ROW_KEY)
+
+
+def plot_results(path: Path) -> list[Path]:
+    """Plot every timing suite of a results file beside it; returns the plots written."""
+    rows = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
+    written = []
+    for suite in dict.fromkeys(row["suite"] for row in rows):
         plot = path.with_name(f"{path.stem}-{suite}.png")
-        if plot_bench(sections.get("rows", []), plot):
+        if plot_bench([row for row in rows if row["suite"] == suite], plot):
             written.append(plot)
-    write_results(path, {name: x for name, x in merged.items() if x or name not in SECTIONS})
     return written
 
 

@@ -103,9 +103,9 @@ def measure_ops(
     """
     from rich.console import Console
 
-    from hf_linattn.evals.bench import run_suite
+    from hf_linattn.evals.bench import collect, run_suite
     from hf_linattn.evals.bench_entries import Shape
-    from hf_linattn.evals.bench_report import peer_versions, print_bench, write_bench
+    from hf_linattn.evals.bench_report import peer_versions, plot_results, print_bench, write_bench
     from hf_linattn.evals.bench_suites import SUITES
     from hf_linattn.evals.bench_timing import copy_bandwidth
     from hf_linattn.evals.results_file import checkout_commit
@@ -121,19 +121,22 @@ def measure_ops(
         "torch": torch.__version__,
         "peers": peer_versions(),
         "commit": checkout_commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["hf-linattn", *sys.argv[1:]]),
     }
     options = {"shapes": [Shape(*size) for size in sizes] or None, "backends": backends, "skip": skip, "runs": runs}
     for name in SUITES if suite == "all" else (suite,):
+        facts |= {"suite": name, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        measured = []
         try:
-            results = run_suite(name, where, dtype, bandwidth=bandwidth, **options)
+            for section, row in run_suite(name, where, dtype, bandwidth=bandwidth, **options):
+                measured.append((section, row))
+                if output is not None:
+                    write_bench(output, facts, {section: [row]})
         except ValueError as error:
             raise UserError(f"--backend: {error}") from error
-        print_bench(results, Console())
-        if output is not None:
-            for path in write_bench(output, facts, {name: results}):
-                logger.info("wrote %s", path)
+        print_bench(collect(measured), Console())
+    if output is not None:
+        logger.info("wrote %s", ", ".join(map(str, (output, *plot_results(output)))))
 
 
 def _write_report(folder: Path, results: dict) -> None:

@@ -41,8 +41,8 @@ def kernel_results_block(folder: Path = RESULTS) -> str | None:
     files = [(json.loads(path.read_text(encoding="utf-8")), path) for path in folder.glob("kernels/*.json")]
     if not files:
         return None
-    results, path = max(files, key=lambda found: found[0]["date"])
-    rows = [row for row in results["rows"] if row["suite"] == "bars"]
+    results, path = max(files, key=lambda found: max(found[0]["runs"]))
+    rows = [row for row in results["rows"] if row["suite"] == "bars" and row["impl"] in KERNEL_IMPLS]
     lines = [
         "| B, H, N, D | | forward, ms | forward + backward, ms | extra memory, MiB |",
         "|---|---|---|---|---|",
@@ -57,12 +57,15 @@ def kernel_results_block(folder: Path = RESULTS) -> str | None:
             lines.append(f"| {label} | `{impl}` | {cells} | {extra} |")
             label = ""
     where = path.relative_to(ROOT).as_posix()
-    suite = results["suites"]["bars"]
     peers = ", ".join(f"{name} {version}" for name, version in results["peers"].items())
-    facts = [suite["date"][:10], results["device"], f"torch {results['torch']}", *([peers] if peers else [])]
-    facts += [f"copy {results['copy_gbs']:.0f} GB/s", *([f"commit {suite['commit']}"] if suite["commit"] else [])]
-    note = f"Median of {', '.join(facts)}; in brackets the multiple of the byte floor; `{suite['command']}`; "
-    return "\n".join([*lines, "", f"{note}all figures: [{where}]({where})."]) + "\n"
+    runs = {date: results["runs"][date] for date in sorted({row["run"] for row in rows})}
+    rates = [run["copy_gbs"] for run in runs.values()]
+    commits = sorted({run["commit"] for run in runs.values() if run["commit"]})
+    facts = [min(runs)[:10], results["device"], f"torch {results['torch']}", *([peers] if peers else [])]
+    facts.append(f"copy {min(rates):.0f} to {max(rates):.0f} GB/s")
+    facts += [f"commit {', '.join(commits)}"] if commits else []
+    note = f"Medians of {', '.join(facts)}; in brackets the multiple of the byte floor; "
+    return "\n".join([*lines, "", f"{note}all figures and commands: [{where}]({where})."]) + "\n"
 
 
 def fill(readme: str, block: str, name: str = "results") -> str:

@@ -10,14 +10,19 @@ from readme_results import kernel_results_block
 from rich.console import Console
 
 from hf_linattn.errors import UserError
-from hf_linattn.evals.bench import DECODE_FIELDS, ERROR_FIELDS, ROW_FIELDS, run_suite
+from hf_linattn.evals.bench import DECODE_FIELDS, ERROR_FIELDS, ROW_FIELDS, collect
+from hf_linattn.evals.bench import run_suite as measured_rows
 from hf_linattn.evals.bench_entries import Shape, bench_entries, minimal_flop
-from hf_linattn.evals.bench_report import plot_bench, print_bench, write_bench
+from hf_linattn.evals.bench_report import plot_bench, plot_results, print_bench, write_bench
 from hf_linattn.evals.bench_suites import SUITES, timing_suite
 from hf_linattn.evals.bench_timing import time_call
 
 CPU, BANDWIDTH = torch.device("cpu"), 1e10
 SHAPES = [Shape(1, 2, 64, 16), Shape(1, 2, 128, 16), Shape(1, 2, 64, 32)]
+
+
+def run_suite(*args, **options) -> dict[str, list[dict]]:
+    return collect(measured_rows(*args, **options))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def rows(results):
 
 def facts(**changes):
     values = {"device": "cpu", "copy_gbs": 10.0, "torch": "2", "peers": {}, "date": "2026-01-02", "commit": "abc"}
-    return values | {"command": "hf-linattn bench"} | changes
+    return values | {"suite": "bars", "command": "hf-linattn bench"} | changes
 
 
 def test_rows_are_complete(rows):
@@ -116,18 +121,32 @@ def test_suites_of_a_gpu():
     assert set(SUITES) == {"bars", "sweep", "paper", "decode", "errors"}
 
 
-def test_a_suite_is_added_to_the_results_file(tmp_path, results):
+def test_rows_are_added_to_the_results_file(tmp_path, results):
     path = tmp_path / "evals" / "results" / "kernels" / "cpu.json"
     errors = run_suite("errors", CPU, torch.float32, runs=1, bandwidth=BANDWIDTH)
-    assert [x.name for x in write_bench(path, facts(), {"bars": results})] == ["cpu.json", "cpu-bars.png"]
-    write_bench(path, facts(commit="def"), {"errors": errors})
-    write_bench(path, facts(commit="def"), {"bars": {"rows": results["rows"][:4]}})
+    write_bench(path, facts(), results)
+    write_bench(path, facts(date="2026-01-03", suite="errors", commit="def"), errors)
+    again = [row | {"fwd_ms": 7.0} for row in results["rows"][:4]]
+    write_bench(path, facts(date="2026-01-04", commit="ghi"), {"rows": again})
     written = json.loads(path.read_text())
-    assert written["rows"] == results["rows"][:4]
-    assert written["errors"] == errors["errors"]
-    assert {name: x["commit"] for name, x in written["suites"].items()} == {"bars": "def", "errors": "def"}
+    assert written["rows"] == [row | {"run": "2026-01-04"} for row in again] + [
+        row | {"run": "2026-01-02"} for row in results["rows"][4:]
+    ]
+    assert written["errors"] == [row | {"run": "2026-01-03"} for row in errors["errors"]]
+    assert {date: run["commit"] for date, run in written["runs"].items()} == {
+        "2026-01-02": "abc",
+        "2026-01-03": "def",
+        "2026-01-04": "ghi",
+    }
+    assert [x.name for x in plot_results(path)] == ["cpu-bars.png"]
     with pytest.raises(UserError, match="device"):
-        write_bench(path, facts(device="another"), {"errors": errors})
+        write_bench(path, facts(device="another"), errors)
+
+
+def test_a_run_without_rows_is_forgotten(tmp_path, results):
+    for date in ("2026-01-02", "2026-01-03"):
+        write_bench(tmp_path / "cpu.json", facts(date=date), results)
+    assert set(json.loads((tmp_path / "cpu.json").read_text())["runs"]) == {"2026-01-03"}
 
 
 def test_unknown_backend_is_named():
@@ -180,7 +199,7 @@ def test_readme_shows_the_kernels_of_a_results_file(tmp_path, monkeypatch, rows)
     monkeypatch.setattr("readme_results.ROOT", tmp_path)
     assert kernel_results_block(folder) is None
     gpu = [row | {"impl": impl, "N": 8192} for row in rows[:1] for impl in ("ours", "fla", "sdpa-cudnn")]
-    write_bench(folder / "kernels" / "gpu.json", facts(), {"bars": {"rows": gpu}})
+    write_bench(folder / "kernels" / "gpu.json", facts(), {"rows": gpu})
     block = kernel_results_block(folder)
     shown = f"{gpu[0]['fwd_ms']:.3f} ({gpu[0]['fwd_ms'] / gpu[0]['floor_fwd_ms']:.1f}x)"
     assert f"| 1, 2, 8192, 16 | `ours` | {shown} |" in block
