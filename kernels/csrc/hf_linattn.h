@@ -34,6 +34,18 @@ typedef struct {
   float* weight_sum;  // [N, H_kv], with both
 } hf_linattn_state;
 
+// The window of window_linear_attention; all zero: there is none, linear attention alone. The last `size` keys of a row,
+// its own included, weigh e^{s} with s = scale q.k, capped as softcap tanh(s / softcap); all older ones weigh
+// e^{log_scale} (a + b phi_q.phi_k), the state of linear attention delayed by `size` tokens; one denominator (normalize).
+typedef struct {
+  int32_t size, dim;          // w >= 1; D
+  float scale, softcap;       // softcap 0: none
+  hf_linattn_tensor q, k;     // [B,T,H,D], [B,T,H_kv,D]
+  const float* log_scale;     // [H], or null for 0
+  const uint8_t* key_valid;   // [B,T] contiguous, or null: 0 hides a key from every query but its own. Its features and
+                              // value are zero, and a is 0
+} hf_linattn_window;
+
 typedef struct {
   int32_t dtype, path;
   int32_t batch, num_heads, num_kv_heads, feature_dim, value_dim;
@@ -47,6 +59,7 @@ typedef struct {
   const float* g;             // [B,T,H_kv] natural log decay, or null
   int64_t g_batch_stride, g_token_stride, g_head_stride;
   hf_linattn_state initial_state;
+  hf_linattn_window window;   // with one, q and k are phi_q and phi_k, and causal and normalize are 1
 } hf_linattn_problem;
 
 typedef struct {
@@ -56,7 +69,30 @@ typedef struct {
   hf_linattn_tensor dq, dk, dv;   // as q, k, v
   float* dg;                      // [B,T,H_kv] contiguous, or null
   hf_linattn_state d_initial;     // gradient of the initial state; all null: not wanted
+  // With a window, where there is no dg and states have no gradients:
+  hf_linattn_tensor o;                    // of the forward
+  hf_linattn_tensor d_window_q, d_window_k;  // as window.q, window.k
+  float* d_log_scale;                     // [B,H,T]: what each row adds to the gradient of its head's log_scale, or null
 } hf_linattn_gradients;
+
+typedef struct {
+  int32_t dtype;
+  int32_t batch, num_heads, num_kv_heads, feature_dim, value_dim;
+  int32_t window, window_dim;     // w slots of the ring; D
+  float a, b, scale, softcap;     // softcap 0: none
+  const void *q, *k, *v, *phi_q, *phi_k;  // [B,H,D], [B,H_kv,D], [B,H_kv,V], [B,H,K], [B,H_kv,K], last dim contiguous
+  int64_t q_batch_stride, q_head_stride, k_batch_stride, k_head_stride, v_batch_stride, v_head_stride;
+  int64_t phi_q_batch_stride, phi_q_head_stride, phi_k_batch_stride, phi_k_head_stride;
+  const float* g;                 // [B,H_kv] or null
+  int64_t g_batch_stride, g_head_stride;
+  const float* log_scale;         // [H], or null for 0
+  hf_linattn_state state;         // N = batch; updated in place, and so are the following, contiguous all
+  void *ring_k, *ring_v, *ring_phi_k;  // [B,w,H_kv,D], [B,w,H_kv,V], [B,w,H_kv,K] in dtype
+  float* ring_g;                  // [B,w,H_kv], with g
+  uint8_t* ring_valid;            // [B,w]
+  int64_t* slot;                  // the oldest entry, which this token replaces; advanced by one
+  void* o;                        // [B,H,V] contiguous
+} hf_linattn_window_step_problem;
 
 typedef struct {
   int32_t dtype, feature_map;
@@ -75,12 +111,14 @@ typedef struct {
 size_t hf_linattn_forward_workspace(const hf_linattn_problem* problem);
 size_t hf_linattn_backward_workspace(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients);
 
-// Writes o, den [B,H,T] (null without normalize) and, where its members are not null, the final state.
+// Writes o, den [B,H,T] (null without normalize; with a window the log of the denominator) and, where its members are
+// not null, the final state.
 int hf_linattn_forward(const hf_linattn_problem* problem, const hf_linattn_tensor* o, float* den,
                        const hf_linattn_state* final_state, void* workspace, void* stream);
 int hf_linattn_backward(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients, void* workspace,
                         void* stream);
 int hf_linattn_step(const hf_linattn_step_problem* problem, void* stream);
+int hf_linattn_window_step(const hf_linattn_window_step_problem* problem, void* stream);
 
 // HF_LINATTN_PATH_SM80 or _SM90 for this problem on the current device; negative when no kernel takes it (the reason
 // is the last error).
