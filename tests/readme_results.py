@@ -57,12 +57,13 @@ def kernel_results_block(folder: Path = RESULTS) -> str | None:
             lines.append(f"| {label} | `{impl}` | {cells} | {extra} |")
             label = ""
     where = path.relative_to(ROOT).as_posix()
-    peers = ", ".join(f"{name} {version}" for name, version in results["peers"].items())
+    is_beside_peers = any(not row["impl"].startswith(("ours", "chunked", "sdpa")) for row in rows)
+    peers = ", ".join(f"{name} {version}" for name, version in results["peers"].items() if is_beside_peers)
     runs = {date: results["runs"][date] for date in sorted({row["run"] for row in rows})}
     rates = [run["copy_gbs"] for run in runs.values()]
     commits = sorted({run["commit"] for run in runs.values() if run["commit"]})
     facts = [min(runs)[:10], results["device"], f"torch {results['torch']}", *([peers] if peers else [])]
-    facts.append(f"copy {min(rates):.0f} to {max(rates):.0f} GB/s")
+    facts.append("copy " + " to ".join(f"{rate:.0f}" for rate in sorted({min(rates), max(rates)})) + " GB/s")
     facts += [f"commit {', '.join(commits)}"] if commits else []
     note = f"Medians of {', '.join(facts)}; in brackets the multiple of the byte floor; "
     return "\n".join([*lines, "", f"{note}all figures and commands: [{where}]({where})."]) + "\n"
