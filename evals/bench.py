@@ -1,10 +1,11 @@
 """Measures the ops on this device: time, bytes, flop, memory, decode steps, and error against float64.
 
-Floor: the bytes an op must move (q, k, v, o once forward; 12 such tensors forward and backward) at the copy rate
-measured here. GB/s: these bytes over the measured time, and their share of the copy rate. TFLOP/s: the flop that the
-op cannot do without (`bench_entries.minimal_flop`) over the time. Memory: peak growth during a call beyond its inputs
-and results (forward: o; with backward: o, dq, dk, dv). Forward and backward below `GRAPH_MS` are also replayed from a
-CUDA graph: at such sizes a call from Python measures the host as much as the kernels.
+Floor: the bytes an op must move (q, k, v, o once forward, 12 such tensors forward and backward; with features beside q
+and k, as the window op has them, 6 and 18) at the copy rate measured here. GB/s: these bytes over the measured time,
+and their share of the copy rate. TFLOP/s: the flop that the op cannot do without (`bench_entries.minimal_flop`) over
+the time. Memory: peak growth during a call beyond its inputs and results (forward: o; with backward: o, dq, dk, dv).
+Forward and backward below `GRAPH_MS` are also replayed from a CUDA graph: at such sizes a call from Python measures
+the host as much as the kernels.
 """
 
 import contextlib
@@ -29,8 +30,9 @@ from hf_linattn.kernels.cuda_library import compiled_kernels_problem
 
 MIB = 2**20
 GRAPH_MS = 1.0
-# Tensors of one q's size that a forward, and a forward with backward, must move at least.
-FORWARD_TENSORS, FORWARD_BACKWARD_TENSORS = 4, 12
+# Tensors of one q's size that a forward, and a forward with backward, must move at least: a backward reads the inputs,
+# o and do and writes the gradients of the inputs.
+TENSORS_MOVED = {"linear_attention": (4, 12), "softmax_attention": (4, 12), "window_linear_attention": (6, 18)}
 ROW_FIELDS = (
     *("suite", "op", "impl", "B", "H", "N", "D", "dtype"),
     *("fwd_ms", "fwd_p10_ms", "fwd_p90_ms", "fwd_bwd_ms", "fwd_bwd_p10_ms", "fwd_bwd_p90_ms", "fwd_bwd_graph_ms"),
@@ -135,10 +137,8 @@ def run_bench(
             row = dict.fromkeys(ROW_FIELDS)
             row |= {"suite": suite, "op": entry.op, "impl": entry.impl, "dtype": _dtype_name(dtype)}
             row |= shape._asdict()
-            row |= {
-                "floor_fwd_ms": FORWARD_TENSORS * tensor_ms,
-                "floor_fwd_bwd_ms": FORWARD_BACKWARD_TENSORS * tensor_ms,
-            }
+            for kind, tensors in zip(("fwd", "fwd_bwd"), TENSORS_MOVED[entry.op], strict=True):
+                row[f"floor_{kind}_ms"] = tensors * tensor_ms
             with _environment(entry.environment):
                 row |= _measure_entry(entry, shape, dtype, device, runs)
             for kind, flop in zip(("fwd", "fwd_bwd"), minimal_flop(entry.op, shape), strict=True):

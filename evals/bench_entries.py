@@ -1,9 +1,10 @@
 """What `hf-linattn bench` compares: our implementations, PyTorch's softmax, FLA and mlstm_kernels where installed.
 
-`ours` is the compiled kernels, `ours-sm80` the portable ones where the device would take those of Hopper. Names ending
-in -sums do not normalise, those in -decay have one fixed decay a head and do not normalise either, which is the only
-form that FLA offers with decay. `separation` is the baseline of arXiv 2510.21956: autograd over the running sums of
-k v^T, all N of them kept.
+`ours` is the compiled kernels, `ours-sm80` the portable ones where the device would take those of Hopper; these and
+`chunked` come with -window too: window_linear_attention with a window of 64, q and k being the features as well. Names
+ending in -sums do not normalise, those in -decay have one fixed decay a head and do not normalise either, which is the
+only form that FLA offers with decay. `separation` is the baseline of arXiv 2510.21956: autograd over the running sums
+of k v^T, all N of them kept.
 """
 
 import importlib.util
@@ -68,15 +69,27 @@ def minimal_flop(op: str, shape: Shape) -> tuple[float, float]:
 
     Linear attention, per token and head: S += k v^T and q S forward, 4 D^2; backward S once more, S do, R += q do^T,
     R v and R^T k, 10 D^2. What a chunked form does inside its chunks comes on top and is not counted. Causal softmax:
-    half of q k^T and p v forward, 2 N D per token, and two and a half times that backward.
+    half of q k^T and p v forward, 2 N D per token, and two and a half times that backward. The window op: both
+    products for the keys in each query's window, 4 D a pair, and two and a half times that backward; and what linear
+    attention takes for the tokens that have older keys, all but the first w.
     """
     tokens = shape.B * shape.H * shape.N
     if op == "softmax_attention":
         return 2 * tokens * shape.N * shape.D, 7 * tokens * shape.N * shape.D
+    if op == "window_linear_attention":
+        inside = min(BENCH_WINDOW, shape.N)
+        pairs = shape.B * shape.H * (inside * shape.N - inside * (inside - 1) // 2)
+        far_tokens = shape.B * shape.H * (shape.N - inside)
+        work = pairs * shape.D + far_tokens * shape.D**2
+        return 4 * work, 14 * work
     return 4 * tokens * shape.D**2, 14 * tokens * shape.D**2
 
 
 def _compiled_entries(device: torch.device, dtype: torch.dtype) -> list[BenchEntry]:
+    return [*_compiled_linear_entries(device, dtype), *_compiled_window_entries(device, dtype)]
+
+
+def _compiled_linear_entries(device: torch.device, dtype: torch.dtype) -> list[BenchEntry]:
     if compiled_kernels_problem(device, dtype, "linear_attention") is not None:
         return []
     options = {"fits": lambda shape, dtype, device: shape.D <= 256}
@@ -91,19 +104,38 @@ def _compiled_entries(device: torch.device, dtype: torch.dtype) -> list[BenchEnt
     return entries
 
 
-def _chunked_entries() -> list[BenchEntry]:
-    def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scale = q.shape[-1] ** -0.5
-        return window_linear_attention(q, k, v, q, k, window=BENCH_WINDOW, scale=scale, backend="chunked")[0]
+def _compiled_window_entries(device: torch.device, dtype: torch.dtype) -> list[BenchEntry]:
+    op = "window_linear_attention"
+    if compiled_kernels_problem(device, dtype, op) is not None:
+        return []
 
+    def fits(shape: Shape, dtype: torch.dtype, device: torch.device) -> bool:
+        return compiled_kernels_problem(device, dtype, op, shape.D, shape.D, shape.D) is None
+
+    entries = [BenchEntry(op, "ours-window", _ours_window("cuda"), fits=fits)]
+    if torch.cuda.get_device_capability(device)[0] == 9:
+        portable = {CUDA_PATH_VARIABLE: "sm80"}
+        entries.append(BenchEntry(op, "ours-window-sm80", _ours_window("cuda"), fits=fits, environment=portable))
+    return entries
+
+
+def _chunked_entries() -> list[BenchEntry]:
     return [
         BenchEntry("linear_attention", "chunked", _ours("chunked"), fits=_chunk_states_fit),
-        BenchEntry("window_linear_attention", "chunked-window", window, fits=_chunk_states_fit),
+        BenchEntry("window_linear_attention", "chunked-window", _ours_window("chunked"), fits=_chunk_states_fit),
     ]
 
 
 def _ours(backend: str, normalize: bool = True) -> Callable[..., Tensor]:
     return lambda q, k, v: linear_attention(q, k, v, normalize=normalize, backend=backend)[0]
+
+
+def _ours_window(backend: str) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        return window_linear_attention(q, k, v, q, k, window=BENCH_WINDOW, scale=scale, backend=backend)[0]
+
+    return call
 
 
 def _ours_decay(backend: str) -> Callable[..., Tensor]:

@@ -135,8 +135,11 @@ def plot_bench(rows: list[dict], path: Path) -> bool:
                 if points:
                     ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=impl)
             if measure != "extra_mib":
-                floor = sorted({(row[axis], row[f"floor_{measure}"]) for row in chosen})
-                ax.plot(*zip(*floor, strict=True), linestyle="--", color="black", label="byte floor")
+                for has_window, style, name in ((False, "--", "byte floor"), (True, ":", "byte floor, window")):
+                    of_kind = [row for row in chosen if (row["op"] == "window_linear_attention") == has_window]
+                    floor = sorted({(row[axis], row[f"floor_{measure}"]) for row in of_kind})
+                    if floor:
+                        ax.plot(*zip(*floor, strict=True), linestyle=style, color="black", label=name)
             ax.set(xscale="log", yscale="log", xlabel=axis, ylabel=label, title=title)
             ax.grid(True, which="both", alpha=0.3)
         axes[0, column].legend(fontsize="small")

@@ -37,7 +37,8 @@ _BARS = Suite(
         )
     ),
     (
-        *("ours", "ours-sums", "ours-decay", "ours-sm80", "chunked", "chunked-window"),
+        *("ours", "ours-sums", "ours-decay", "ours-sm80", "chunked"),
+        *("ours-window", "ours-window-sm80", "chunked-window"),
         *("sdpa", "sdpa-flash", "sdpa-cudnn"),
         *("fla", "fla-unnormalized", "fla-fused", "fla-decay", "mlstm"),
     ),

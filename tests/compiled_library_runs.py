@@ -13,7 +13,7 @@ from op_backends import Target
 from op_inputs import OpCase, call_op, check, make_inputs, packed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_linattn.kernels import explain, init_state, linear_attention, linear_attention_step
+from hf_linattn.kernels import explain, init_state, init_window_state, linear_attention, linear_attention_step
 from hf_linattn.kernels.cuda_library import (
     COMPILED_DTYPES,
     CUDA_PATH_VARIABLE,
@@ -30,6 +30,15 @@ EMULATED_CASES = [
     replace(CASE, causal=False, a=1.0),
     packed((30, 0, 40), K=64, V=64, dtype=torch.bfloat16, scale=0.1, decay="scalar", state=True),
     replace(CASE, T=0, a=0.5, state=True),
+]
+WINDOW_CASE = replace(CASE, D=64, window=16, decay_grad=False)
+EMULATED_CASES += [
+    WINDOW_CASE,
+    replace(WINDOW_CASE, decay="scalar", a=0.5, softcap=3.0),
+    replace(WINDOW_CASE, decay="fixed", state=True, window=30),
+    replace(WINDOW_CASE, window=100, log_scale=False),
+    packed((30, 0, 40), D=64, K=64, V=64, dtype=torch.bfloat16, scale=0.1, window=16, state=True),
+    replace(WINDOW_CASE, T=0, state=True),
 ]
 # Of these there are portable kernels only.
 WIDE_CASES = [
@@ -62,6 +71,20 @@ def definitions() -> None:
             q[:, 0], k[:, 0], v[:, 0], None, final[0], final[1], None, None, 0.0, 1.0, True, 0
         )
         assert step.shape == (2, 4, 8)
+        rows = (torch.empty(2, 5, 4, 32), torch.empty(2, 5, 2, 32), v, q, k)
+        scalars = (3, 1.0, 0.0, 0.5, 1.0, True, 0)
+        o, lse, final = ops.window_linear_attention_forward(*rows, g, torch.empty(4), [], None, None, *scalars)
+        assert [x.shape for x in (o, lse)] == [(2, 5, 4, 8), (2, 4, 5)]
+        assert [x.shape for x in final] == [(2, 2, 16, 8), (2, 2, 16), (2, 2, 8), (2, 2)]
+        backward = (o, *rows, o, lse, g, torch.empty(4), [], None, None, *scalars)
+        *grads, d_log_scale = ops.window_linear_attention_backward(*backward)
+        assert [x.shape for x in grads] == [x.shape for x in rows]
+        assert d_log_scale.shape == (1, 2, 4, 5)
+        state = init_window_state(2, 2, 16, 16, 8, window=3, decay=True)
+        step = ops.window_linear_attention_step(
+            q[:, 0], k[:, 0], v[:, 0], q[:, 0], k[:, 0], g[:, 0], None, *state, 1.0, 0.0, 1.0, 0.0
+        )
+        assert step.shape == (2, 4, 8)
     with pytest.raises(NotImplementedError, match="CPU"):
         ops.linear_attention_forward(*(torch.zeros(x.shape) for x in (q, k, v, g)), *forward[4:])
 
@@ -76,9 +99,10 @@ def emulation() -> None:
         for dtype, dim in zip(COMPILED_DTYPES, largest, strict=True):
             assert explain("cpu", dtype, feature_dim=dim, value_dim=dim)[0] == "cuda"
             assert f"take 1 to {dim} value" in explain("cpu", dtype, feature_dim=1, value_dim=dim + 1)[1]
-            step = {"op": "linear_attention_step", "value_dim": 1}
-            assert explain("cpu", dtype, feature_dim=256, **step)[0] == "cuda"
-            assert "take 1 to 256 feature" in explain("cpu", dtype, feature_dim=257, **step)[1]
+            for op in ("linear_attention_step", "window_linear_attention_step"):
+                step = {"op": op, "value_dim": 1}
+                assert explain("cpu", dtype, "cuda", feature_dim=256, **step)[0] == "cuda"
+                assert "take 1 to 256 feature" in explain("cpu", dtype, feature_dim=257, **step)[1]
     del os.environ["HF_LINATTN_EMULATED_CAPABILITY"]
 
     inputs = make_inputs(CASE)

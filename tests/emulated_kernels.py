@@ -1,7 +1,8 @@
 """The CUDA kernels on a CPU: kernels/csrc built with a host compiler (emulation.h), called through the C interface.
 
-`forward`, `backward` and `step` take CPU tensors in the layout of hf_linattn.kernels and return tensors. Outputs are
-NaN before the call, and every buffer stands between bytes that the kernels must leave alone.
+`forward`, `backward` and `step` take CPU tensors in the layout of hf_linattn.kernels and return tensors; those of the
+window op are in emulated_window.py. Outputs are NaN before the call, and every buffer stands between bytes that the
+kernels must leave alone.
 
 Environment: HF_LINATTN_EMULATED_SMS (4) and HF_LINATTN_EMULATED_CAPABILITY (90) are the GPU that the launchers see;
 HF_LINATTN_EMULATED_SEED other than 0 shuffles threads, blocks and copies.
@@ -21,17 +22,27 @@ from hf_linattn.kernels.state import linear_state_shapes
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 FEATURE_MAPS = {"none": 0, "elu": 1, "relu": 2, "l2": 3}
 PATHS = {"auto": 0, "sm80": 1, "sm90": 2}
+G_STRIDES = ("g_batch_stride", "g_token_stride", "g_head_stride")
 MARGIN, ALIGNMENT = 1024, 256
 
 
 class _Tensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p)] + [
-        (name, ctypes.c_int64) for name in ("batch_stride", "token_stride", "head_stride")
-    ]
+    _fields_ = [("data", ctypes.c_void_p), *((f"{x}_stride", ctypes.c_int64) for x in ("batch", "token", "head"))]
 
 
-class _State(ctypes.Structure):
+class State(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in LinearAttentionState._fields]
+
+
+class WindowPart(ctypes.Structure):
+    """hf_linattn_window; all zero where there is none."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("size", "dim")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, _Tensor) for name in ("q", "k")),
+        *((name, ctypes.c_void_p) for name in ("log_scale", "key_valid")),
+    ]
 
 
 class _Problem(ctypes.Structure):
@@ -42,25 +53,27 @@ class _Problem(ctypes.Structure):
         ("num_sequences", ctypes.c_int32),
         ("cu_seqlens", ctypes.c_void_p),
         ("cu_seqlens_is_int64", ctypes.c_int32),
-        ("a", ctypes.c_float),
-        ("b", ctypes.c_float),
+        *((name, ctypes.c_float) for name in "ab"),
         ("normalize", ctypes.c_int32),
         ("causal", ctypes.c_int32),
         *((name, _Tensor) for name in ("q", "k", "v")),
         ("g", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("g_batch_stride", "g_token_stride", "g_head_stride")),
-        ("initial_state", _State),
+        ("initial_state", State),
+        ("window", WindowPart),
     ]
 
 
-class _Gradients(ctypes.Structure):
+class Gradients(ctypes.Structure):
     _fields_ = [
         ("d_o", _Tensor),
         ("den", ctypes.c_void_p),
-        ("d_final", _State),
+        ("d_final", State),
         *((name, _Tensor) for name in ("dq", "dk", "dv")),
         ("dg", ctypes.c_void_p),
-        ("d_initial", _State),
+        ("d_initial", State),
+        *((name, _Tensor) for name in ("o", "d_window_q", "d_window_k")),
+        ("d_log_scale", ctypes.c_void_p),
     ]
 
 
@@ -75,7 +88,7 @@ class _StepProblem(ctypes.Structure):
         *((f"{x}_{axis}_stride", ctypes.c_int64) for x in "qkv" for axis in ("batch", "head")),
         ("g", ctypes.c_void_p),
         *((f"g_{axis}_stride", ctypes.c_int64) for axis in ("batch", "head")),
-        ("state", _State),
+        ("state", State),
         ("o", ctypes.c_void_p),
     ]
 
@@ -87,7 +100,7 @@ def load_kernels() -> ctypes.CDLL:
 
 def load_parts() -> ctypes.CDLL:
     """The small kernels with tests/emulated_probe.cu; built in seconds."""
-    parts = (SOURCES / "step.cu", SOURCES / "decay_gradient.cu")
+    parts = (SOURCES / "step.cu", SOURCES / "window_step.cu", SOURCES / "decay_gradient.cu")
     return _load("hf_linattn_emulated_parts", (*parts, Path(__file__).with_name("emulated_probe.cu")))
 
 
@@ -101,7 +114,7 @@ def _load(name: str, sources: tuple[Path, ...]) -> ctypes.CDLL:
     return library
 
 
-class _Buffers:
+class Buffers:
     """Outputs of one call: NaN at first, with a margin of known bytes on both sides that `check` looks at."""
 
     def __init__(self):
@@ -124,27 +137,27 @@ class _Buffers:
             raise RuntimeError("a kernel wrote outside one of its outputs")
 
 
-def _call(library: ctypes.CDLL, function: str, *arguments) -> None:
+def call_kernel(library: ctypes.CDLL, function: str, *arguments) -> None:
     if getattr(library, function)(*arguments) != 0:
         raise RuntimeError(f"{function}: {library.hf_linattn_last_error().decode()}")
 
 
-def _pointer(x: Tensor | None) -> int | None:
+def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _tensor(x: Tensor | None) -> _Tensor:
+def describe_tensor(x: Tensor | None) -> _Tensor:
     return _Tensor() if x is None else _Tensor(x.data_ptr(), *x.stride()[:3])
 
 
-def _state(state: LinearAttentionState | None) -> _State:
+def describe_state(state: LinearAttentionState | None) -> State:
     for x in state or ():
         if x is not None and not (x.is_contiguous() and x.dtype == torch.float32):
             raise ValueError("state: expected contiguous float32 tensors")
-    return _State(*(map(_pointer, state) if state is not None else ()))
+    return State(*(map(pointer, state) if state is not None else ()))
 
 
-def _problem(
+def describe_problem(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -167,28 +180,22 @@ def _problem(
         value_dim=v.shape[3],
         tokens=q.shape[1],
         num_sequences=q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1,
-        cu_seqlens=_pointer(cu_seqlens),
+        cu_seqlens=pointer(cu_seqlens),
         cu_seqlens_is_int64=cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
         a=a,
         b=b,
         normalize=normalize,
         causal=causal,
-        q=_tensor(q),
-        k=_tensor(k),
-        v=_tensor(v),
-        g=_pointer(g),
-        **dict(
-            zip(
-                ("g_batch_stride", "g_token_stride", "g_head_stride"),
-                g.stride() if g is not None else (),
-                strict=False,
-            )
-        ),
-        initial_state=_state(initial_state),
+        q=describe_tensor(q),
+        k=describe_tensor(k),
+        v=describe_tensor(v),
+        g=pointer(g),
+        **({} if g is None else dict(zip(G_STRIDES, g.stride(), strict=True))),
+        initial_state=describe_state(initial_state),
     )
 
 
-def _empty_state(buffers: _Buffers, problem: _Problem) -> LinearAttentionState:
+def empty_state(buffers: Buffers, problem: _Problem) -> LinearAttentionState:
     """A state to be written, with the members that the op has."""
     sizes = (problem.num_sequences, problem.num_kv_heads, problem.feature_dim, problem.value_dim)
     shapes = linear_state_shapes(*sizes, a=problem.a, normalize=bool(problem.normalize))
@@ -203,7 +210,7 @@ def chosen_path(q: Tensor, k: Tensor, v: Tensor, *, forced: str = "auto", cu_seq
     Raises:
         RuntimeError: no kernel takes the problem.
     """
-    problem = _problem(q, k, v, None, 0.0, 1.0, True, True, None, cu_seqlens, forced)
+    problem = describe_problem(q, k, v, None, 0.0, 1.0, True, True, None, cu_seqlens, forced)
     chosen = load_kernels().hf_linattn_path(ctypes.byref(problem))
     if chosen < 0:
         raise RuntimeError(f"hf_linattn_path: {load_kernels().hf_linattn_last_error().decode()}")
@@ -226,20 +233,20 @@ def forward(
     path: str = "auto",
 ) -> tuple[Tensor, Tensor | None, LinearAttentionState | None]:
     """o `[B, T, H, V]`, den `[B, H, T]` or None, final state (None unless asked)."""
-    problem = _problem(q, k, v, g, a, b, normalize, causal, initial_state, cu_seqlens, path)
-    buffers = _Buffers()
+    problem = describe_problem(q, k, v, g, a, b, normalize, causal, initial_state, cu_seqlens, path)
+    buffers = Buffers()
     o = buffers.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
     den = buffers.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32) if normalize else None
-    final = _empty_state(buffers, problem) if output_final_state else None
+    final = empty_state(buffers, problem) if output_final_state else None
     size = load_kernels().hf_linattn_forward_workspace(ctypes.byref(problem))
     workspace = buffers.empty(size, dtype=torch.uint8)
-    _call(
+    call_kernel(
         load_kernels(),
         "hf_linattn_forward",
         ctypes.byref(problem),
-        ctypes.byref(_tensor(o)),
-        ctypes.c_void_p(_pointer(den)),
-        ctypes.byref(_state(final)),
+        ctypes.byref(describe_tensor(o)),
+        ctypes.c_void_p(pointer(den)),
+        ctypes.byref(describe_state(final)),
         ctypes.c_void_p(workspace.data_ptr()),
         None,
     )
@@ -267,24 +274,24 @@ def backward(
     path: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, LinearAttentionState | None]:
     """dq, dk, dv, dg `[B, T, H_kv]` (None without g or unless asked), gradient of the initial state (or None)."""
-    problem = _problem(q, k, v, g, a, b, normalize, causal, initial_state, cu_seqlens, path)
-    buffers = _Buffers()
+    problem = describe_problem(q, k, v, g, a, b, normalize, causal, initial_state, cu_seqlens, path)
+    buffers = Buffers()
     dq, dk, dv = (buffers.empty(*x.shape, dtype=x.dtype) for x in (q, k, v))
     dg = buffers.empty(*k.shape[:3], dtype=torch.float32) if needs_dg and g is not None else None
-    d_initial = _empty_state(buffers, problem) if needs_d_initial else None
-    gradients = _Gradients(
-        d_o=_tensor(d_o),
-        den=_pointer(den),
-        d_final=_state(d_final),
-        dq=_tensor(dq),
-        dk=_tensor(dk),
-        dv=_tensor(dv),
-        dg=_pointer(dg),
-        d_initial=_state(d_initial),
+    d_initial = empty_state(buffers, problem) if needs_d_initial else None
+    gradients = Gradients(
+        d_o=describe_tensor(d_o),
+        den=pointer(den),
+        d_final=describe_state(d_final),
+        dq=describe_tensor(dq),
+        dk=describe_tensor(dk),
+        dv=describe_tensor(dv),
+        dg=pointer(dg),
+        d_initial=describe_state(d_initial),
     )
     size = load_kernels().hf_linattn_backward_workspace(ctypes.byref(problem), ctypes.byref(gradients))
     workspace = buffers.empty(size, dtype=torch.uint8)
-    _call(
+    call_kernel(
         load_kernels(),
         "hf_linattn_backward",
         ctypes.byref(problem),
@@ -309,16 +316,10 @@ def step(
     feature_map: str = "none",
 ) -> tuple[Tensor, LinearAttentionState]:
     """o `[B, H, V]` and the new state; the one given is left as it is."""
-    buffers = _Buffers()
+    buffers = Buffers()
     o = buffers.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
     new = LinearAttentionState(*(None if x is None else buffers.copy(x) for x in state))
-    strides = {
-        f"{name}_{axis}_stride": n
-        for name, x in zip("qkv", (q, k, v), strict=True)
-        for axis, n in zip(("batch", "head"), x.stride(), strict=False)
-    }
-    if g is not None:
-        strides |= {"g_batch_stride": g.stride(0), "g_head_stride": g.stride(1)}
+    strides = row_strides({"q": q, "k": k, "v": v, "g": g})
     problem = _StepProblem(
         dtype=DTYPES[q.dtype],
         feature_map=FEATURE_MAPS[feature_map],
@@ -330,17 +331,27 @@ def step(
         a=a,
         b=b,
         normalize=normalize,
-        q=_pointer(q),
-        k=_pointer(k),
-        v=_pointer(v),
-        g=_pointer(g),
-        state=_state(new),
-        o=_pointer(o),
+        q=pointer(q),
+        k=pointer(k),
+        v=pointer(v),
+        g=pointer(g),
+        state=describe_state(new),
+        o=pointer(o),
         **strides,
     )
-    _call(load_parts(), "hf_linattn_step", ctypes.byref(problem), None)
+    call_kernel(load_parts(), "hf_linattn_step", ctypes.byref(problem), None)
     buffers.check()
     return o, new
+
+
+def row_strides(inputs: dict[str, Tensor | None]) -> dict[str, int]:
+    """Strides of one token's tensors `[B, H, ...]` as the C interface names them."""
+    return {
+        f"{name}_{axis}_stride": n
+        for name, x in inputs.items()
+        if x is not None
+        for axis, n in zip(("batch", "head"), x.stride(), strict=False)
+    }
 
 
 def decay_gradient(
@@ -369,20 +380,20 @@ def decay_gradient(
         carried: states at the boundaries of segments of 1024 tokens, all sequences' after one another.
         d_carried: their gradients.
     """
-    problem = _problem(q, k, v, g, a, b, den is not None, True, initial_state, cu_seqlens, "auto")
-    buffers, library = _Buffers(), load_parts()
+    problem = describe_problem(q, k, v, g, a, b, den is not None, True, initial_state, cu_seqlens, "auto")
+    buffers, library = Buffers(), load_parts()
     library.probe_decay_gradient_floats.restype = ctypes.c_int64
     dg = buffers.empty(*k.shape[:3], dtype=torch.float32)
     workspace = buffers.empty(library.probe_decay_gradient_floats(ctypes.byref(problem)), dtype=torch.float32)
-    gradients = _Gradients(d_o=_tensor(d_o), den=_pointer(den), d_final=_state(d_final), dg=_pointer(dg))
-    _call(
+    gradients = Gradients(d_o=describe_tensor(d_o), den=pointer(den), d_final=describe_state(d_final), dg=pointer(dg))
+    call_kernel(
         library,
         "probe_decay_gradient",
         ctypes.byref(problem),
         ctypes.byref(gradients),
-        ctypes.c_void_p(_pointer(along)),
-        ctypes.byref(_state(carried)),
-        ctypes.byref(_state(d_carried)),
+        ctypes.c_void_p(pointer(along)),
+        ctypes.byref(describe_state(carried)),
+        ctypes.byref(describe_state(d_carried)),
         ctypes.c_void_p(workspace.data_ptr()),
     )
     buffers.check()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from numerics import assert_close
 from op_backends import Target, skip_if_refused
-from op_quadratic import quadratic_linear_attention
+from op_quadratic import quadratic_linear_attention, quadratic_window_linear_attention
 from torch import Tensor
 
 from hf_linattn.kernels import (
@@ -25,7 +25,10 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 
 @dataclass(frozen=True)
 class OpCase:
-    """One call. `window` 0 means linear_attention; `lengths` packs sequences (then B is 1 and T their sum)."""
+    """One call. `window` 0 means linear_attention; `lengths` packs sequences (then B is 1 and T their sum).
+
+    `decay_grad` asks for the gradient of the decay, which the compiled window op does not have.
+    """
 
     B: int = 2
     T: int = 65
@@ -46,6 +49,7 @@ class OpCase:
     log_scale: bool = True
     state: bool = False
     lengths: tuple[int, ...] | None = None
+    decay_grad: bool = True
 
     @property
     def num_sequences(self) -> int:
@@ -162,7 +166,8 @@ def call_op(case: OpCase, inputs: dict[str, Tensor], backend: str | None, **over
     if backend == "quadratic":
         for name in ("backend", "output_final_state"):
             options.pop(name)
-        return quadratic_linear_attention(tensors.pop("q"), tensors.pop("k"), tensors.pop("v"), **tensors, **options)
+        quadratic = quadratic_window_linear_attention if case.window else quadratic_linear_attention
+        return quadratic(**tensors, **options)
     op = window_linear_attention if case.window else linear_attention
     positional = ("q", "k", "v", "phi_q", "phi_k") if case.window else ("q", "k", "v")
     first = [tensors.pop(name) for name in positional]
@@ -172,7 +177,8 @@ def call_op(case: OpCase, inputs: dict[str, Tensor], backend: str | None, **over
 
 def _has_hopper_kernel(case: OpCase) -> bool:
     """Whether the Hopper kernels must take the case; those of Ampere take any."""
-    return case.dtype == torch.bfloat16 and case.K in (64, 128) and case.V in (64, 128)
+    dims = (case.K, case.V, *([case.D] if case.window else []))
+    return case.dtype == torch.bfloat16 and all(dim in (64, 128) for dim in dims)
 
 
 def tokens(inputs: dict[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
@@ -212,6 +218,7 @@ def run_op(case: OpCase, inputs: dict[str, Tensor], backend: str | None, with_gr
     leaves = {}
     for name, x in inputs.items():
         needs = with_grad and x.is_floating_point() and not (case.window and name.startswith("state."))
+        needs = needs and (case.decay_grad or name not in ("g", "g_gamma"))
         # No clone: it would undo the strides of a view.
         leaves[name] = x.detach().requires_grad_(needs)
     o, final = call_op(case, leaves, backend)
@@ -234,7 +241,7 @@ def float64_truth(case: OpCase, inputs: dict[str, Tensor], with_grad: bool = Tru
     """The same numbers in float64, where the inputs are: by the reference, or for long sequences on a GPU by the
     quadratic form, which is tested against the reference."""
     exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-    is_long = inputs["v"].is_cuda and not case.window and case.T > REFERENCE_TOKENS
+    is_long = inputs["v"].is_cuda and case.T > REFERENCE_TOKENS
     return run_op(replace(case, dtype=torch.float64), exact, "quadratic" if is_long else "reference", with_grad)
 
 

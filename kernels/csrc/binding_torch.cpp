@@ -1,7 +1,7 @@
 // The torch ops of the compiled kernels, through PyTorch's stable ABI: one library for every PyTorch from 2.11 on.
 //
 // This is the only C++ that knows PyTorch. It allocates outputs and workspace, describes tensors to the C interface of
-// hf_linattn.h and passes errors on. Fake tensors and gradients of the ops: kernels/python/cuda_linear.py.
+// hf_linattn.h and passes errors on. Fake tensors and gradients of the ops: kernels/python/cuda_*.py.
 #include "hf_linattn.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -293,6 +293,103 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor, TensorList> linear_attention_
   return {dq, dk, dv, dg, d_initial_state};
 }
 
+// q and k are those of the softmax; phi_q and phi_k take the places of q and k in the rest of the problem.
+hf_linattn_problem describe_window_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& phi_q,
+                                           const Tensor& phi_k, const OptionalTensor& g,
+                                           const OptionalTensor& log_scale, const TensorList& initial_state,
+                                           const OptionalTensor& key_valid, const OptionalTensor& cu_seqlens,
+                                           int64_t window, double scale, double softcap, double a, double b,
+                                           int64_t path) {
+  hf_linattn_problem problem = describe_problem(phi_q, phi_k, v, g, initial_state, cu_seqlens, a, b,
+                                                /*normalize=*/true, /*causal=*/true, path);
+  require(q.dim() == 4 && k.dim() == 4, "q, k: expected [B, T, H, dim]");
+  check_shape("q", q, {phi_q.size(0), phi_q.size(1), phi_q.size(2), q.size(3)});
+  check_shape("k", k, {phi_k.size(0), phi_k.size(1), phi_k.size(2), q.size(3)});
+  check_float("log_scale", log_scale, {q.size(2)});
+  // A longer window reaches no more keys than all tokens.
+  problem.window.size = static_cast<int32_t>(std::min(window, std::max<int64_t>(problem.tokens, 1)));
+  problem.window.dim = static_cast<int32_t>(q.size(3));
+  problem.window.scale = static_cast<float>(scale);
+  problem.window.softcap = static_cast<float>(softcap);
+  problem.window.q = describe("q", q, phi_q);
+  problem.window.k = describe("k", k, phi_q);
+  problem.window.log_scale = address<const float>(log_scale);
+  if (key_valid) {
+    check_shape("key_valid", *key_valid, {q.size(0), q.size(1)});
+    const int32_t dtype = dtype_of(*key_valid);
+    require((dtype == aoti_torch_dtype_bool() || dtype == aoti_torch_dtype_uint8()) && key_valid->is_contiguous(),
+            "key_valid: expected a contiguous bool or uint8 tensor; use .bool().contiguous()");
+    require(a == 0.0, "key_valid: expected None together with a constant term a, got a tensor; use the chunked form");
+    problem.window.key_valid = address<const uint8_t>(key_valid);
+  }
+  return problem;
+}
+
+std::tuple<Tensor, Tensor, TensorList> window_linear_attention_forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& phi_q, const Tensor& phi_k,
+    const OptionalTensor& g, const OptionalTensor& log_scale, const TensorList& initial_state,
+    const OptionalTensor& key_valid, const OptionalTensor& cu_seqlens, int64_t window, double scale, double softcap,
+    double a, double b, bool output_final_state, int64_t path) {
+  const DeviceScope scope(q);
+  const hf_linattn_problem problem = describe_window_problem(
+      q, k, v, phi_q, phi_k, g, log_scale, initial_state, key_valid, cu_seqlens, window, scale, softcap, a, b, path);
+  const Tensor o = allocate(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, dtype_of(q));
+  const Tensor lse = allocate_float(q, {q.size(0), q.size(2), q.size(1)});
+  TensorList final_state;
+  if (output_final_state) final_state = allocate_state(q, problem);
+  if (has_tokens(problem)) {
+    const hf_linattn_tensor o_view = describe("o", o, q);
+    const hf_linattn_state final_view = describe_state("final_state", final_state, problem);
+    const OptionalTensor workspace = allocate_workspace(q, hf_linattn_forward_workspace(&problem));
+    check_code(hf_linattn_forward(&problem, &o_view, static_cast<float*>(address(lse)), &final_view,
+                                  address(workspace), scope.stream()));
+  } else {
+    copy_state(final_state, initial_state);
+  }
+  return {o, lse, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor> window_linear_attention_backward(
+    const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& phi_q, const Tensor& phi_k,
+    const Tensor& o, const Tensor& lse, const OptionalTensor& g, const OptionalTensor& log_scale,
+    const TensorList& initial_state, const OptionalTensor& key_valid, const OptionalTensor& cu_seqlens,
+    int64_t window, double scale, double softcap, double a, double b, bool needs_d_log_scale, int64_t path) {
+  const DeviceScope scope(q);
+  const hf_linattn_problem problem = describe_window_problem(
+      q, k, v, phi_q, phi_k, g, log_scale, initial_state, key_valid, cu_seqlens, window, scale, softcap, a, b, path);
+  check_shape("d_o", d_o, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  check_shape("o", o, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  check_float("lse", lse, {q.size(0), q.size(2), q.size(1)});
+
+  const int32_t dtype = dtype_of(q);
+  const Tensor dq = allocate(q, {q.size(0), q.size(1), q.size(2), q.size(3)}, dtype);
+  const Tensor dk = allocate(q, {k.size(0), k.size(1), k.size(2), k.size(3)}, dtype);
+  const Tensor dv = allocate(q, {v.size(0), v.size(1), v.size(2), v.size(3)}, dtype);
+  const Tensor d_phi_q = allocate(q, {phi_q.size(0), phi_q.size(1), phi_q.size(2), phi_q.size(3)}, dtype);
+  const Tensor d_phi_k = allocate(q, {phi_k.size(0), phi_k.size(1), phi_k.size(2), phi_k.size(3)}, dtype);
+  OptionalTensor d_log_scale;
+  constexpr int64_t kUnit = 32;  // hf_linattn_gradients
+  if (needs_d_log_scale) {
+    d_log_scale = allocate_float(q, {(phi_q.size(3) + kUnit - 1) / kUnit, q.size(0), q.size(2), q.size(1)});
+    if (cu_seqlens) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(d_log_scale->get()));
+  }
+  if (has_tokens(problem)) {
+    hf_linattn_gradients gradients{};
+    gradients.d_o = describe("d_o", d_o, q);
+    gradients.o = describe("o", o, q);
+    gradients.den = static_cast<const float*>(address(lse));
+    gradients.d_window_q = describe("dq", dq, q);
+    gradients.d_window_k = describe("dk", dk, q);
+    gradients.dv = describe("dv", dv, q);
+    gradients.dq = describe("dphi_q", d_phi_q, q);
+    gradients.dk = describe("dphi_k", d_phi_k, q);
+    gradients.d_log_scale = address<float>(d_log_scale);
+    const OptionalTensor workspace = allocate_workspace(q, hf_linattn_backward_workspace(&problem, &gradients));
+    check_code(hf_linattn_backward(&problem, &gradients, address(workspace), scope.stream()));
+  }
+  return {dq, dk, dv, d_phi_q, d_phi_k, d_log_scale};
+}
+
 Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
                              const Tensor& kv, const OptionalTensor& key_sum, const OptionalTensor& value_sum,
                              const OptionalTensor& weight_sum, double a, double b, bool normalize,
@@ -346,10 +443,111 @@ Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, 
   return o;
 }
 
+// The state is that of kernels/python/state.py, member by member.
+Tensor window_linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& phi_q,
+                                    const Tensor& phi_k, const OptionalTensor& g, const OptionalTensor& log_scale,
+                                    const Tensor& kv, const Tensor& key_sum, const OptionalTensor& value_sum,
+                                    const OptionalTensor& weight_sum, const Tensor& window_k, const Tensor& window_v,
+                                    const Tensor& window_phi_k, const OptionalTensor& window_g,
+                                    const Tensor& window_valid, const Tensor& slot, double scale, double a, double b,
+                                    double softcap) {
+  for (const Tensor* x : {&q, &k, &v, &phi_q, &phi_k})
+    require(x->dim() == 3, "q, k, v, phi_q, phi_k: expected [B, H, dim]");
+  require(window_k.dim() == 4, "state.window_k: expected [B, w, H_kv, D]");
+  const DeviceScope scope(q);
+  const int64_t batch = q.size(0), heads = q.size(1), kv_heads = k.size(1), window = window_k.size(1);
+  const int64_t dim = q.size(2), feature_dim = phi_q.size(2), value_dim = v.size(2);
+  check_shape("k", k, {batch, kv_heads, dim});
+  check_shape("v", v, {batch, kv_heads, value_dim});
+  check_shape("phi_q", phi_q, {batch, heads, feature_dim});
+  check_shape("phi_k", phi_k, {batch, kv_heads, feature_dim});
+  for (const Tensor* x : {&q, &k, &v, &phi_q, &phi_k}) {
+    require(dtype_of(*x) == dtype_of(q), "k, v, phi_q, phi_k: expected the dtype of q; cast them");
+    require(x->stride(2) == 1 || x->size(2) <= 1, "q, k, v, phi_q, phi_k: expected a contiguous last dimension");
+  }
+  check_float("log_scale", log_scale, {heads});
+  check_float("state.kv", kv, {batch, kv_heads, feature_dim, value_dim});
+  check_float("state.key_sum", key_sum, {batch, kv_heads, feature_dim});
+  check_float("state.value_sum", value_sum, {batch, kv_heads, value_dim});
+  check_float("state.weight_sum", weight_sum, {batch, kv_heads});
+  check_float("state.window_g", window_g, {batch, window, kv_heads});
+  check_shape("state.window_k", window_k, {batch, window, kv_heads, dim});
+  check_shape("state.window_v", window_v, {batch, window, kv_heads, value_dim});
+  check_shape("state.window_phi_k", window_phi_k, {batch, window, kv_heads, feature_dim});
+  check_shape("state.window_valid", window_valid, {batch, window});
+  for (const Tensor* x : {&window_k, &window_v, &window_phi_k})
+    require(dtype_of(*x) == dtype_of(q), "state: expected a ring in the dtype of q; build it with init_window_state");
+  for (const Tensor* x : {&window_k, &window_v, &window_phi_k, &window_valid})
+    require(x->is_contiguous(), "state: expected a contiguous ring; use .contiguous()");
+  require(dtype_of(window_valid) == aoti_torch_dtype_bool(), "state.window_valid: expected bool");
+  require(slot.dim() == 0 && dtype_of(slot) == aoti_torch_dtype_int64(), "state.slot: expected an int64 scalar");
+
+  hf_linattn_window_step_problem problem{};
+  problem.dtype = kernel_dtype(q);
+  problem.batch = static_cast<int32_t>(batch);
+  problem.num_heads = static_cast<int32_t>(heads);
+  problem.num_kv_heads = static_cast<int32_t>(kv_heads);
+  problem.feature_dim = static_cast<int32_t>(feature_dim);
+  problem.value_dim = static_cast<int32_t>(value_dim);
+  problem.window = static_cast<int32_t>(window);
+  problem.window_dim = static_cast<int32_t>(dim);
+  problem.a = static_cast<float>(a);
+  problem.b = static_cast<float>(b);
+  problem.scale = static_cast<float>(scale);
+  problem.softcap = static_cast<float>(softcap);
+  problem.q = address(q);
+  problem.k = address(k);
+  problem.v = address(v);
+  problem.phi_q = address(phi_q);
+  problem.phi_k = address(phi_k);
+  problem.q_batch_stride = q.stride(0);
+  problem.q_head_stride = q.stride(1);
+  problem.k_batch_stride = k.stride(0);
+  problem.k_head_stride = k.stride(1);
+  problem.v_batch_stride = v.stride(0);
+  problem.v_head_stride = v.stride(1);
+  problem.phi_q_batch_stride = phi_q.stride(0);
+  problem.phi_q_head_stride = phi_q.stride(1);
+  problem.phi_k_batch_stride = phi_k.stride(0);
+  problem.phi_k_head_stride = phi_k.stride(1);
+  require(g.has_value() == window_g.has_value(), "g: expected it exactly where the state has window_g");
+  if (g) {
+    check_shape("g", *g, {batch, kv_heads});
+    require(dtype_of(*g) == aoti_torch_dtype_float32(), "g: expected float32; use g.float()");
+    problem.g = static_cast<const float*>(address(*g));
+    problem.g_batch_stride = g->stride(0);
+    problem.g_head_stride = g->stride(1);
+  }
+  problem.log_scale = address<float>(log_scale);
+  problem.state = {static_cast<float*>(address(kv)), static_cast<float*>(address(key_sum)), address<float>(value_sum),
+                   address<float>(weight_sum)};
+  problem.ring_k = address(window_k);
+  problem.ring_v = address(window_v);
+  problem.ring_phi_k = address(window_phi_k);
+  problem.ring_g = address<float>(window_g);
+  problem.ring_valid = static_cast<uint8_t*>(address(window_valid));
+  problem.slot = static_cast<int64_t*>(address(slot));
+  const Tensor o = allocate(q, {batch, heads, value_dim}, dtype_of(q));
+  problem.o = address(o);
+  if (batch > 0) check_code(hf_linattn_window_step(&problem, scope.stream()));
+  return o;
+}
+
 int64_t linear_attention_path(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, double a,
                               double b, bool normalize, bool causal, int64_t path) {
   const DeviceScope scope(q);
   const hf_linattn_problem problem = describe_problem(q, k, v, g, {}, {}, a, b, normalize, causal, path);
+  const int chosen = hf_linattn_path(&problem);
+  check_code(chosen < 0 ? chosen : 0);
+  return chosen;
+}
+
+int64_t window_linear_attention_path(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& phi_q,
+                                     const Tensor& phi_k, const OptionalTensor& g, int64_t window, double scale,
+                                     double softcap, double a, double b, int64_t path) {
+  const DeviceScope scope(q);
+  const hf_linattn_problem problem =
+      describe_window_problem(q, k, v, phi_q, phi_k, g, {}, {}, {}, {}, window, scale, softcap, a, b, path);
   const int chosen = hf_linattn_path(&problem);
   check_code(chosen < 0 ? chosen : 0);
   return chosen;
@@ -376,6 +574,11 @@ int64_t largest_dim(int64_t device_index, int64_t dtype, bool is_step) {
   return hf_linattn_largest_dim(static_cast<int32_t>(dtype));
 }
 
+int64_t window_largest_dim(int64_t device_index, int64_t dtype) {
+  const DeviceScope scope(device_index);
+  return hf_linattn_window_largest_dim(static_cast<int32_t>(dtype));
+}
+
 std::string build_info() { return KERNELS_BUILD_INFO; }
 
 }  // namespace
@@ -394,10 +597,29 @@ STABLE_TORCH_LIBRARY(hf_linattn, m) {
       "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) kv, Tensor(b!)? key_sum, "
       "Tensor(c!)? value_sum, Tensor(d!)? weight_sum, float a, float b, bool normalize, int feature_map) -> Tensor");
   m.def(
+      "window_linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor phi_q, Tensor phi_k, Tensor? g, "
+      "Tensor? log_scale, Tensor(a!) kv, Tensor(b!) key_sum, Tensor(c!)? value_sum, Tensor(d!)? weight_sum, "
+      "Tensor(e!) window_k, Tensor(f!) window_v, Tensor(g!) window_phi_k, Tensor(h!)? window_g, "
+      "Tensor(i!) window_valid, Tensor(j!) slot, float scale, float a, float b, float softcap) -> Tensor");
+  m.def(
       "linear_attention_path(Tensor q, Tensor k, Tensor v, Tensor? g, float a, float b, bool normalize, bool causal, "
       "int path) -> int");
+  m.def(
+      "window_linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor phi_q, Tensor phi_k, Tensor? g, "
+      "Tensor? log_scale, Tensor[] initial_state, Tensor? key_valid, Tensor? cu_seqlens, int window, float scale, "
+      "float softcap, float a, float b, bool output_final_state, int path) -> "
+      "(Tensor o, Tensor lse, Tensor[] final_state)");
+  m.def(
+      "window_linear_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor phi_q, Tensor phi_k, "
+      "Tensor o, Tensor lse, Tensor? g, Tensor? log_scale, Tensor[] initial_state, Tensor? key_valid, "
+      "Tensor? cu_seqlens, int window, float scale, float softcap, float a, float b, bool needs_d_log_scale, "
+      "int path) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dphi_q, Tensor dphi_k, Tensor? d_log_scale)");
+  m.def(
+      "window_linear_attention_path(Tensor q, Tensor k, Tensor v, Tensor phi_q, Tensor phi_k, Tensor? g, int window, "
+      "float scale, float softcap, float a, float b, int path) -> int");
   m.def("device_problem(int device_index) -> str");
   m.def("largest_dim(int device_index, int dtype, bool is_step) -> int");
+  m.def("window_largest_dim(int device_index, int dtype) -> int");
   m.def("build_info() -> str");
 }
 
@@ -409,11 +631,16 @@ STABLE_TORCH_LIBRARY_IMPL(hf_linattn, CUDA, m) {
   m.impl("linear_attention_forward", TORCH_BOX(&linear_attention_forward));
   m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward));
   m.impl("linear_attention_step", TORCH_BOX(&linear_attention_step));
+  m.impl("window_linear_attention_step", TORCH_BOX(&window_linear_attention_step));
   m.impl("linear_attention_path", TORCH_BOX(&linear_attention_path));
+  m.impl("window_linear_attention_forward", TORCH_BOX(&window_linear_attention_forward));
+  m.impl("window_linear_attention_backward", TORCH_BOX(&window_linear_attention_backward));
+  m.impl("window_linear_attention_path", TORCH_BOX(&window_linear_attention_path));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_linattn, CompositeExplicitAutograd, m) {
   m.impl("device_problem", TORCH_BOX(&device_problem));
   m.impl("largest_dim", TORCH_BOX(&largest_dim));
+  m.impl("window_largest_dim", TORCH_BOX(&window_largest_dim));
   m.impl("build_info", TORCH_BOX(&build_info));
 }

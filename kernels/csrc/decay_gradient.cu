@@ -183,8 +183,8 @@ struct PairSums {
   __device__ __forceinline__ void load_keys(int of_chunk, uint32_t stage) {
     if (!kIsWhole) return;
     const int64_t first = first_token(of_chunk);
-    copy_tile<Element, Tile, kColumns>(stage, args.k, segment.batch, kv_head, first, segment.end, 0);
-    copy_tile<Element, Tile, kColumns>(stage + Tile::kBytes, args.v, segment.batch, kv_head, first, segment.end, 0);
+    copy_tile<Element, Tile, kColumns>(stage, args.k, segment.batch, kv_head, first, tokens_until(first, segment.end), 0);
+    copy_tile<Element, Tile, kColumns>(stage + Tile::kBytes, args.v, segment.batch, kv_head, first, tokens_until(first, segment.end), 0);
     ptx::cp_async_commit();
   }
 
@@ -192,8 +192,8 @@ struct PairSums {
     __syncthreads();  // the tiles of the head before are read
     const int64_t first = first_token(chunk);
     if (kIsWhole) {
-      copy_tile<Element, Tile, kColumns>(base, args.q, segment.batch, head, first, segment.end, 0);
-      copy_tile<Element, Tile, kColumns>(base + Tile::kBytes, args.d_o, segment.batch, head, first, segment.end, 0);
+      copy_tile<Element, Tile, kColumns>(base, args.q, segment.batch, head, first, tokens_until(first, segment.end), 0);
+      copy_tile<Element, Tile, kColumns>(base + Tile::kBytes, args.d_o, segment.batch, head, first, tokens_until(first, segment.end), 0);
     }
     load_keys(chunk, base + kStageBytes);
     float scale[2], along[2];
@@ -260,8 +260,10 @@ struct PairSums {
 #pragma unroll 1
     for (int column = 0; column < x.dim; column += kColumns) {
       __syncthreads();  // the part before is read
-      copy_tile<Element, Tile, kColumns>(base, x, segment.batch, head, first_token(chunk), segment.end, column);
-      copy_tile<Element, Tile, kColumns>(base + Tile::kBytes, y, segment.batch, kv_head, first_token(keys), segment.end,
+      copy_tile<Element, Tile, kColumns>(base, x, segment.batch, head, first_token(chunk),
+                                         tokens_until(first_token(chunk), segment.end), column);
+      copy_tile<Element, Tile, kColumns>(base + Tile::kBytes, y, segment.batch, kv_head, first_token(keys),
+                                         tokens_until(first_token(keys), segment.end),
                                          column);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
@@ -491,9 +493,9 @@ struct StateTerms {
 #pragma unroll 1
         for (int feature0 = 0; feature0 < x_columns; feature0 += kColumns) {
           __syncthreads();  // the tiles before are read
-          copy_tile<Element, XTile, kColumns>(base, x, segment.batch, head, first, segment.end, feature0);
+          copy_tile<Element, XTile, kColumns>(base, x, segment.batch, head, first, tokens_until(first, segment.end), feature0);
           if (feature0 == 0) {
-            copy_tile<Element, ZTile, kTileColumns>(base + kZ, z, segment.batch, head, first, segment.end, column0);
+            copy_tile<Element, ZTile, kTileColumns>(base + kZ, z, segment.batch, head, first, tokens_until(first, segment.end), column0);
           }
           ptx::cp_async_commit();
           ptx::cp_async_wait<0>();

@@ -1053,6 +1053,7 @@ inline void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
 inline void mbarrier_wait(uint32_t bar, uint32_t parity) { Engine::get().wait_mbarrier(bar, parity, false); }
 inline void mbarrier_wait_cluster(uint32_t bar, uint32_t parity) { Engine::get().wait_mbarrier(bar, parity, true); }
 
+inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(Engine::get().rank()); }
 inline uint32_t map_shared_rank(uint32_t address, uint32_t rank) { return Engine::get().map_rank(address, rank); }
 
@@ -1211,6 +1212,14 @@ T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = warpSi
   return hf_linattn::emulation::shuffle(
       "__shfl_down_sync", mask, value, static_cast<int>(distance), width,
       [](int lane, int x, int w) { return lane + x < lane / w * w + w ? lane + x : lane; });
+}
+
+inline void __threadfence() {}
+
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) {
+  const unsigned long long before = *p;
+  *p += x;
+  return before;
 }
 
 [[noreturn]] inline void __trap() { hf_linattn::emulation::Engine::get().fail("__trap"); }

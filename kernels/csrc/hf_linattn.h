@@ -72,7 +72,8 @@ typedef struct {
   // With a window, where there is no dg and states have no gradients:
   hf_linattn_tensor o;                    // of the forward
   hf_linattn_tensor d_window_q, d_window_k;  // as window.q, window.k
-  float* d_log_scale;                     // [B,H,T]: what each row adds to the gradient of its head's log_scale, or null
+  float* d_log_scale;                     // [units of 32 features,B,H,T], or null: parts whose sum over units is what a row
+                                          // adds to the gradient of its head's log_scale; not written behind the last sequence
 } hf_linattn_gradients;
 
 typedef struct {
@@ -126,7 +127,9 @@ int hf_linattn_path(const hf_linattn_problem* problem);
 
 // The largest feature and value dimensions that forward and backward take on the current device in this dtype, whatever
 // else the problem is; 0 when no kernel runs (the reason is the last error). hf_linattn_step takes its own everywhere.
+// With a window: the same, for window.dim too.
 int hf_linattn_largest_dim(int32_t dtype);
+int hf_linattn_window_largest_dim(int32_t dtype);
 int hf_linattn_step_largest_dim(void);
 
 const char* hf_linattn_last_error(void);

@@ -5,13 +5,15 @@
 //
 // The bracketed state passes run when sequences are cut into segments, and always when not causal (then a sum takes the
 // place of the prefix). Scans of one call share their workspace; the stream orders them. dg reads the states of both
-// passes, at boundaries of its own choice (decay_gradient.h).
+// passes, at boundaries of its own choice (decay_gradient.h). With a window the backward begins with the gradients of its q
+// and k (window_gradient.h), which also find do.o for the scans.
 #include <algorithm>
 
 #include "decay_gradient.h"
 #include "hf_linattn.h"
 #include "launch.cuh"
 #include "scan.h"
+#include "window_gradient.h"
 
 namespace hf_linattn {
 
@@ -75,6 +77,7 @@ ScanArgs common_args(const hf_linattn_problem& problem) {
   ScanArgs args = {};
   args.num_heads = problem.num_heads;
   args.num_kv_heads = problem.num_kv_heads;
+  args.group = problem.num_kv_heads > 0 ? problem.num_heads / problem.num_kv_heads : 1;
   args.feature_dim = problem.feature_dim;
   args.value_dim = problem.value_dim;
   args.tokens = problem.tokens;
@@ -88,7 +91,18 @@ ScanArgs common_args(const hf_linattn_problem& problem) {
   args.a = problem.a;
   args.b = problem.b;
   args.normalize = problem.normalize;
+  args.window = problem.window.size;
+  args.softmax_scale = problem.window.scale;
+  args.softcap = problem.window.softcap;
+  args.log_scale = problem.window.log_scale;
+  args.key_valid = problem.window.key_valid;
   return args;
+}
+
+bool has_window(const hf_linattn_problem& problem) { return problem.window.size > 0; }
+
+Rows window_rows(const hf_linattn_problem& problem, const hf_linattn_tensor& tensor) {
+  return has_window(problem) ? rows_of(tensor, problem.window.dim) : Rows{};
 }
 
 // Which kernels run a scan.
@@ -152,6 +166,8 @@ int forward(const hf_linattn_problem& problem, const hf_linattn_tensor& o, float
   if (is_empty(problem)) return 0;
   ScanArgs args = forward_state_args(problem);
   args.x = rows_of(problem.q, problem.feature_dim);
+  args.window_x = window_rows(problem, problem.window.q);
+  args.window_y = window_rows(problem, problem.window.k);
   args.out = rows_of(o, problem.value_dim);
   args.den = den;
   args.first = problem.initial_state;
@@ -163,6 +179,36 @@ int forward(const hf_linattn_problem& problem, const hf_linattn_tensor& o, float
   return only_count ? 0 : run_scan(problem, ScanKind::kOutput, args, stream);
 }
 
+// dq and dk of the window, do.o into `along`, and what the far part is weighed with into `far_weight`.
+int window_gradients(const hf_linattn_problem& problem, const hf_linattn_gradients& gradients, float* along,
+                     float* far_weight, void* stream) {
+  const hf_linattn_window& window = problem.window;
+  WindowGradientArgs args = {};
+  args.q = rows_of(window.q, window.dim);
+  args.k = rows_of(window.k, window.dim);
+  args.v = rows_of(problem.v, problem.value_dim);
+  args.d_o = rows_of(gradients.d_o, problem.value_dim);
+  args.o = rows_of(gradients.o, problem.value_dim);
+  args.dq = rows_of(gradients.d_window_q, window.dim);
+  args.dk = rows_of(gradients.d_window_k, window.dim);
+  args.num_heads = problem.num_heads;
+  args.num_kv_heads = problem.num_kv_heads;
+  args.tokens = problem.tokens;
+  args.num_sequences = problem.num_sequences;
+  args.cu_seqlens = problem.cu_seqlens;
+  args.cu_seqlens_is_int64 = problem.cu_seqlens_is_int64;
+  args.window = window.size;
+  args.scale = window.scale;
+  args.softcap = window.softcap;
+  args.log_scale = window.log_scale;
+  args.key_valid = window.key_valid;
+  args.lse = gradients.den;
+  args.delta = along;
+  args.far_weight = far_weight;
+  if (int error = run_window_query_gradient(problem.dtype, args, stream)) return error;
+  return run_window_key_gradient(problem.dtype, args, stream);
+}
+
 int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& gradients, Workspace& workspace,
              bool only_count, void* stream) {
   if (is_empty(problem)) return 0;
@@ -170,12 +216,19 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   const int64_t rows = int64_t{problem.batch} * problem.num_heads * problem.tokens;
   const bool needs_dg = gradients.dg != nullptr;
   float* along = problem.normalize ? workspace.floats(rows) : nullptr;
+  float* den = const_cast<float*>(gradients.den);
+  if (has_window(problem)) {
+    den = workspace.floats(rows);
+    if (!only_count) {
+      if (int error = window_gradients(problem, gradients, along, den, stream)) return error;
+    }
+  }
   float* dg_terms = needs_dg ? workspace.floats(decay_gradient_floats(problem)) : nullptr;
   const int64_t longest_segment = needs_dg ? kDecaySegment : kAnyLength;
   const Rows d_o = rows_of(gradients.d_o, values);
 
   ScanArgs query = common_args(problem);
-  query.den = const_cast<float*>(gradients.den);
+  query.den = den;
   query.along = along;
   query.x = d_o;
   query.q = rows_of(problem.q, features);
@@ -183,6 +236,7 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   query.z = rows_of(problem.k, features);
   query.out = rows_of(gradients.dq, features);
   query.first = problem.initial_state;
+  query.extra_out = gradients.d_log_scale;
   Workspace forward_states = workspace;
   if (int error = prepare_states(problem, ScanKind::kState, forward_state_args(problem), features, longest_segment,
                                  forward_states, nullptr, only_count, query, stream)) {
@@ -191,7 +245,7 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   // In the place of the others, unless dg wants both.
   Workspace backward_states = needs_dg ? forward_states : workspace;
   // The portable kernels find do.o in a run of their own.
-  if (problem.normalize && chosen_path(problem, ScanKind::kQueryGrad, query) == HF_LINATTN_PATH_SM80) {
+  if (problem.normalize && !has_window(problem) && chosen_path(problem, ScanKind::kQueryGrad, query) == HF_LINATTN_PATH_SM80) {
     ScanArgs products = query;
     products.along = nullptr;
     products.out = {};
@@ -207,7 +261,7 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   }
 
   ScanArgs sources = common_args(problem);
-  sources.den = const_cast<float*>(gradients.den);
+  sources.den = den;
   sources.along = along;
   sources.y = rows_of(problem.q, features);
   sources.z = d_o;
@@ -228,6 +282,9 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   key.z = rows_of(problem.q, features);
   key.out = rows_of(gradients.dk, features);
   value.x = rows_of(problem.k, features);
+  value.window_x = window_rows(problem, problem.window.k);
+  value.window_y = window_rows(problem, problem.window.q);
+  value.lse = gradients.den;
   value.out = rows_of(gradients.dv, values);
   value.last = gradients.d_initial;
   if (int error = run_scan(problem, ScanKind::kKeyGrad, key, stream)) return error;
@@ -284,6 +341,11 @@ int hf_linattn_backward(const hf_linattn_problem* problem, const hf_linattn_grad
 int hf_linattn_path(const hf_linattn_problem* problem) {
   ScanArgs args = forward_state_args(*problem);
   args.x = rows_of(problem->q, problem->feature_dim);
+  args.window_x = window_rows(*problem, problem->window.q);
+  args.window_y = window_rows(*problem, problem->window.k);
+  const bool has_window_gradient =
+      !has_window(*problem) || check_window_gradient(problem->dtype, problem->window.dim, problem->value_dim) == 0;
+  if (!has_window_gradient) return -1;
   if (problem->path != HF_LINATTN_PATH_SM80 && check_scan_sm90(ScanKind::kOutput, problem->dtype, args) == 0) {
     return HF_LINATTN_PATH_SM90;
   }
@@ -291,25 +353,31 @@ int hf_linattn_path(const hf_linattn_problem* problem) {
   // The kinds that need most: rows of the state are features in one, values in the other.
   ScanArgs query = args;
   std::swap(query.y, query.z);
+  query.window_x = query.window_y = {};
   if (check_scan_sm80(ScanKind::kOutput, problem->causal, problem->dtype, args) != 0 ||
       check_scan_sm80(ScanKind::kQueryGrad, problem->causal, problem->dtype, query) != 0 ||
-      check_decay_gradient(problem->dtype, problem->feature_dim, problem->value_dim) != 0) {
+      (!has_window(*problem) &&
+       check_decay_gradient(problem->dtype, problem->feature_dim, problem->value_dim) != 0)) {
     return -1;
   }
   return HF_LINATTN_PATH_SM80;
 }
 
-int hf_linattn_largest_dim(int32_t dtype) {
+static int largest_dim(int32_t dtype, int window) {
   hf_linattn_problem problem = {};
   problem.dtype = dtype;
   problem.path = HF_LINATTN_PATH_SM80;
   problem.causal = 1;
+  problem.window.size = window;
   for (int dim = kMaxDim; dim >= kTileColumns; dim /= 2) {
-    problem.feature_dim = problem.value_dim = dim;
+    problem.feature_dim = problem.value_dim = problem.window.dim = dim;
     if (hf_linattn_path(&problem) == HF_LINATTN_PATH_SM80) return dim;
   }
   return 0;
 }
+
+int hf_linattn_largest_dim(int32_t dtype) { return largest_dim(dtype, 0); }
+int hf_linattn_window_largest_dim(int32_t dtype) { return largest_dim(dtype, kChunk); }
 
 const char* hf_linattn_last_error(void) { return last_error(); }
 

@@ -49,6 +49,13 @@ __device__ __forceinline__ void keep(uint32_t (&x)[n]) {
   for (int i = 0; i < n; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
+// Read anew at every call: a number that is seldom needed occupies no register.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // Lane l gives the address of row l % 8 of matrix l / 8 (8x8 of 16-bit elements, 16-byte rows).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -13,6 +13,11 @@
 //   kValueGrad k   q   do   dv   j >= i     b/den_j  a/den_j          1
 //
 // kState and kStateGrad form the state alone, of k, v and of q, do. The op itself: kernels/python/reference.py.
+//
+// With a window of w keys (hf_linattn_window) a source is w tokens further from its row: j <= i - w, or j >= i + w in a
+// gradient. The sources of a chunk of rows lie that far off, so that scores, masks, decays (those of keys) and the state
+// stay what they are. kOutput and kValueGrad then also add the softmax of the keys within the window, and since there is
+// one denominator, 1 / den_i above is e^{log_scale - L_i}, with L_i its log.
 #ifndef HF_LINATTN_SCAN_H_
 #define HF_LINATTN_SCAN_H_
 
@@ -32,6 +37,9 @@ constexpr int kMaxDim = 256;      // features and value channels, where shared m
 constexpr float kDenominatorEps = 1e-6f;  // DENOMINATOR_EPS of reference.py
 
 enum class ScanKind { kOutput, kQueryGrad, kKeyGrad, kValueGrad, kState, kStateGrad };
+
+// What the sources of a row are: all tokens; those up to it (kReverse: from it on); those before its window, and the window.
+enum class Reach { kAll, kCausal, kWindow };
 
 HF_LINATTN_BOTH_SIDES constexpr bool forms_state_only(ScanKind kind) { return kind == ScanKind::kState || kind == ScanKind::kStateGrad; }
 
@@ -55,7 +63,7 @@ struct Rows {  // [batch, token, head, dim], dim contiguous, strides in elements
 struct ScanArgs {
   Rows x, y, z, out;
   Rows q;  // kQueryGrad: for do.o
-  int num_heads, num_kv_heads, feature_dim, value_dim;
+  int num_heads, num_kv_heads, group, feature_dim, value_dim;  // group: heads that share a kv head
   int64_t tokens;
   // Sequences are cut into segments, each owned by one CTA per head and tile. Slot numbers: see find_segment.
   int num_sequences, num_slots;
@@ -69,13 +77,21 @@ struct ScanArgs {
   float* den;       // [B,H,T]: written by kOutput, read by all gradients; null without normalize
   float* along;     // [B,H,T] do.o, 0 where den is held at eps: of kQueryGrad, read by the gradients; null without normalize
   float* extra_out; // [units of 32 columns,B,H,T], or null. kQueryGrad of the portable kernels: parts of do.o times den, in
-                    // place of dq (run_along)
+                    // place of dq (run_along); with a window: parts of the gradient of log_scale, beside dq
   hf_linattn_state first;    // by sequence: state to start from; null members count as zero
   hf_linattn_state last;     // by sequence: where a scan leaves the state at the far end; null members are not wanted
   // Between neighbouring segments of a sequence lies a boundary; state kinds write to it what the segment on the near
   // side adds, run_segment_prefix completes that, scans start from it. Not causal: one entry a slot instead.
   hf_linattn_state carried;
   float* carried_log_decay;  // natural log of the decay over the segment that wrote the entry
+  // With a window; 0 without.
+  int window;
+  Rows window_x, window_y;   // of the softmax, in the place of x and y: q and k of kOutput, k and q of kValueGrad
+  float softmax_scale, softcap;
+  const float* log_scale;    // [H] or null
+  const uint8_t* key_valid;  // [B,T] or null
+  const float* lse;          // [B,H,T] L, read by kValueGrad. `den` receives it from kOutput, and holds e^{log_scale - L} for
+                             // the gradients, `along` do.o
 };
 
 constexpr int kColumnUnit = 32;
@@ -88,7 +104,9 @@ struct Segment {
   bool exists;
 };
 
-// Run a scan on `stream`; `is_causal` false reads a finished state and has no scores. Return 0 or an error (launch.cuh).
+HF_LINATTN_BOTH_SIDES constexpr int window_tiles(int window) { return (window + kChunk - 1) / kChunk + 1; }  // sources that 64 rows see
+
+// Run a scan on `stream`; `is_causal` false reads a finished state and has no scores, and there is no window. Return 0 or an error (launch.cuh).
 int run_scan_sm80(ScanKind kind, bool is_causal, int dtype, const ScanArgs& args, void* stream);
 int run_scan_sm90(ScanKind kind, bool is_causal, const ScanArgs& args, void* stream);
 // 0 if the kernels take these arguments on the current device, else an error.

@@ -10,6 +10,8 @@
 
 namespace hf_linattn {
 
+// The tiles of a chunk, in the order of use: for each head of the group those of the scores and the state, then, with a
+// window, for each head those of the window.
 template <class Work>
 struct CopyPipe {
   using XTile = typename Work::XTile;
@@ -26,13 +28,14 @@ struct CopyPipe {
   const uint32_t stages;
   const int num_stages, chunks, members;
   int step = 0, member = 0, next_stage = 0;  // of the item to load next
+  int tile = -1;                             // of the window, or none of it
 
   __device__ __forceinline__ CopyPipe(const Work& work, uint32_t stages, int num_stages)
       : work(work),
         stages(stages),
         num_stages(num_stages),
         chunks(chunk_count(work.segment)),
-        members(kLoadsSources ? work.group : 1) {
+        members(work.members()) {
     if (num_stages > 1) load_next();
   }
 
@@ -52,7 +55,7 @@ struct CopyPipe {
   __device__ __forceinline__ void load_x_part(const StageTiles& stage, int64_t first, int part) {
     __syncthreads();  // the part before is read
     copy_tile<Element, XPartTile, kXPartColumns>(stage.x, work.args.x, work.segment.batch, work.head, first,
-                                                 work.segment.end, part * kXPartColumns);
+                                                 tokens_until(first, work.segment.end), part * kXPartColumns);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncthreads();
@@ -62,27 +65,47 @@ struct CopyPipe {
   __device__ __forceinline__ void load_next() {
     if (step < chunks) {
       const int64_t first = work.first_token(work.chunk_at(step, chunks));
+      const bool is_far = !Work::kHasWindow || tile < 0;
+      const int64_t source = work.source_token(first, is_far ? 0 : tile);
       const uint32_t base = stages + next_stage * kStageBytes;
       const ScanArgs& args = work.args;
       const int batch = work.segment.batch;
-      const int64_t end = work.segment.end;
-      if (kLoadsX) copy_tile<Element, XPartTile, kXPartColumns>(base, args.x, batch, work.head, first, end, 0);
+      if (kLoadsX) {
+        copy_tile<Element, XPartTile, kXPartColumns>(base, is_far ? args.x : args.window_x, batch, work.head, first,
+                                                     tokens_until(first, work.segment.end), 0);
+      }
       if (kLoadsSources) {
         const int head = work.source_head(member);
-        copy_tile<Element, XTile, Work::kRowsPadded>(base + kY, args.y, batch, head, first, end, 0);
-        copy_tile<Element, ZTile, Work::kColumns>(base + kZ, args.z, batch, head, first, end, work.column0);
+        const TileTokens tokens = is_far ? work.far_tokens(first) : work.source_tokens(source);
+        copy_tile<Element, XTile, Work::kRowsPadded>(base + kY, is_far ? args.y : args.window_y, batch, head, source, tokens, 0);
+        copy_tile<Element, ZTile, Work::kColumns>(base + kZ, args.z, batch, head, source, tokens, work.column0);
       }
-      if (++member == members) member = 0, ++step;
+      advance(first);
       ptx::cp_async_commit();
     }
     if (num_stages > 1) next_stage ^= 1;
+  }
+  __device__ __forceinline__ void advance(int64_t first) {
+    if constexpr (Work::kHasWindow) {
+      const typename Work::WindowTiles window = work.window_tiles_of(first, 1);
+      if (tile >= 0 && ++tile < window.end) return;
+      if (++member < members) {
+        if (tile >= 0) tile = window.begin;
+        return;
+      }
+      member = 0;
+      if (tile < 0) tile = window.begin;
+      else tile = -1, ++step;
+    } else {
+      if (++member == members) member = 0, ++step;
+    }
   }
 };
 
 // The steps of a scan, all by one warpgroup.
 template <class Work, class Pipe>
 __device__ __forceinline__ void run_portable_scan(Work& work, Pipe& pipe) {
-  const int chunks = chunk_count(work.segment), members = Work::kHasSources ? work.group : 1;
+  const int chunks = chunk_count(work.segment), members = work.members();
   float log_decay = 0.f;  // of the whole segment, log2
   typename Work::TokenInputs next;
   work.load_state();
@@ -90,7 +113,7 @@ __device__ __forceinline__ void run_portable_scan(Work& work, Pipe& pipe) {
   for (int step = 0; step < chunks; ++step) {
     const int chunk = work.chunk_at(step, chunks);
     const int64_t first = work.first_token(chunk);
-    const int valid = work.valid_tokens(first);
+    const TileTokens sources = work.far_tokens(first);
     typename Work::RowSums rows;
     if constexpr (Work::kHasOutput) {
       __syncthreads();  // the last read of the old operand is over
@@ -98,7 +121,8 @@ __device__ __forceinline__ void run_portable_scan(Work& work, Pipe& pipe) {
     }
     for (int member = 0; member < members; ++member) {
       const bool is_last_member = member == members - 1;
-      const float chunk_decay = work.with_token_arrays(valid) ? work.template publish_tokens<true, true>(next, valid) : 0.f;
+      const float chunk_decay =
+          work.with_token_arrays(sources) ? work.template publish_tokens<true, true>(next, sources) : 0.f;
       if (member == 0) work.start_rows(rows, next);
       if (Work::kTokenInputs && !is_last_member) work.load_tokens(next, chunk, member + 1);
       else if (Work::kTokenInputs && step + 1 < chunks) work.load_tokens(next, work.chunk_at(step + 1, chunks), 0);
@@ -118,9 +142,9 @@ __device__ __forceinline__ void run_portable_scan(Work& work, Pipe& pipe) {
           if constexpr (kAddsScores) work.template add_scores<kChunk>(scores, x, stage, 0, part);
         }
         if (member == 0) work.finish_read(rows);
-        if constexpr (kAddsScores) work.template add_weighted<kChunk>(rows, scores, stage, 0, valid);
-        else if constexpr (Work::kHasSources) work.add_sources(rows, x, stage, valid);
-        if (is_last_member) work.write_output(rows, first, valid);
+        if constexpr (kAddsScores) work.template add_weighted<kChunk>(rows, scores, stage, 0, sources);
+        else if constexpr (Work::kHasSources) work.add_sources(rows, x, stage, sources);
+        if (!Work::kHasWindow && is_last_member) work.write_output(rows, first, work.valid_tokens(first));
       }
       if constexpr (Work::kHasSources) {
         if (Work::kDecays && member == 0) {
@@ -129,6 +153,22 @@ __device__ __forceinline__ void run_portable_scan(Work& work, Pipe& pipe) {
         }
         work.update_state(stage);
       }
+    }
+    if constexpr (Work::kHasWindow) {
+      work.start_window(rows);
+      const typename Work::WindowTiles window = work.window_tiles_of(first, 1);
+      for (int member = 0; member < members; ++member) {
+        for (int tile = window.begin; tile < window.end; ++tile) {
+          const int64_t source = work.source_token(first, tile);
+          const TileTokens tokens = work.source_tokens(source);
+          float lse[2];
+          work.load_lse(lse, source, tokens, member);
+          const StageTiles stage = pipe.acquire();
+          work.publish_lse(lse);
+          work.add_window(rows, stage, tile, first, tokens);
+        }
+      }
+      work.write_output(rows, first, work.valid_tokens(first));
     }
   }
   if constexpr (Work::kHasSources) work.store_state(log_decay);
@@ -154,16 +194,16 @@ struct Layout80 {
   }
 };
 
-template <class Engine, ScanKind kKind, bool kCausal, int kRows, int kCols, int kXParts>
-using Work80 = ScanWarpgroup<Engine, kKind, kCausal, /*kDecay=*/kCausal, kRows, kCols, kXParts>;
+template <class Engine, ScanKind kKind, Reach kReach, int kRows, int kCols, int kXParts>
+using Work80 = ScanWarpgroup<Engine, kKind, kReach, /*kDecay=*/kReach != Reach::kAll, kRows, kCols, kXParts>;
 
-template <class Engine, ScanKind kKind, bool kCausal, int kRows, int kCols, int kXParts>
+template <class Engine, ScanKind kKind, Reach kReach, int kRows, int kCols, int kXParts>
 __global__ void __launch_bounds__(kWarpgroupThreads, 1) scan_sm80_kernel(const __grid_constant__ ScanArgs args,
                                                                       int tiles, int heads, int num_stages) {
-  using Work = Work80<Engine, kKind, kCausal, kRows, kCols, kXParts>;
+  using Work = Work80<Engine, kKind, kReach, kRows, kCols, kXParts>;
   const int tile = blockIdx.x % tiles, head = blockIdx.x / tiles % heads, slot = blockIdx.x / (tiles * heads);
   const Segment segment = find_segment(args, slot);
-  if (!is_wanted<kKind, kCausal>(segment)) return;
+  if (!is_wanted<kKind, kReach>(segment)) return;
   const uint32_t base = ptx::smem_address(ptx::dynamic_smem());
   Work work(args, segment, head, tile * kCols, Layout80<Work>::places(base, num_stages));
   CopyPipe<Work> pipe(work, base, num_stages);
@@ -171,9 +211,9 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1) scan_sm80_kernel(const _
 }
 
 // With as many stages as fit, of those that this form can have.
-template <class Engine, ScanKind kKind, bool kCausal, int kRows, int kCols, int kXParts>
+template <class Engine, ScanKind kKind, Reach kReach, int kRows, int kCols, int kXParts>
 int launch_scan_form(const ScanArgs& args, bool only_check, cudaStream_t stream) {
-  using Layout = Layout80<Work80<Engine, kKind, kCausal, kRows, kCols, kXParts>>;
+  using Layout = Layout80<Work80<Engine, kKind, kReach, kRows, kCols, kXParts>>;
   const int limit = smem_limit(), num_stages = kXParts > 1 || Layout::bytes(2) > limit ? 1 : 2;
   const int smem_bytes = Layout::bytes(num_stages);
   if (smem_bytes > limit) {
@@ -185,37 +225,42 @@ int launch_scan_form(const ScanArgs& args, bool only_check, cudaStream_t stream)
   const int heads = is_reverse(kKind) || forms_state_only(kKind) ? args.num_kv_heads : args.num_heads;
   const int64_t blocks = static_cast<int64_t>(tiles) * heads * args.num_slots;
   if (blocks > 0x7fffffff) return set_error("%lld blocks are more than a grid holds", static_cast<long long>(blocks));
-  return launch(scan_sm80_kernel<Engine, kKind, kCausal, kRows, kCols, kXParts>, dim3(static_cast<unsigned>(blocks)),
+  return launch(scan_sm80_kernel<Engine, kKind, kReach, kRows, kCols, kXParts>, dim3(static_cast<unsigned>(blocks)),
                 kWarpgroupThreads, smem_bytes, stream, args, tiles, heads, num_stages);
 }
 
 // The compact form, which has half as much of x in shared memory, is compiled where some device lacks the memory for the
 // other, and by itself where most do.
-template <class Engine, ScanKind kKind, bool kCausal, int kRows>
+template <class Engine, ScanKind kKind, Reach kReach, int kRows>
 int launch_scan_sm80(const ScanArgs& args, bool only_check, cudaStream_t stream) {
   constexpr int kNarrow = kTileColumns / 2, kCols = kRows > Engine::kMaxWideRows ? kNarrow : kTileColumns;
-  using Work = Work80<Engine, kKind, kCausal, kRows, kCols, 1>;
+  using Work = Work80<Engine, kKind, kReach, kRows, kCols, 1>;
   constexpr int kSmemBytes = Layout80<Work>::bytes(1);
   constexpr bool kHasCompact = Work::kHasOutput && kSmemBytes > kLeastSmemLimit;
-  constexpr bool kHasWhole = !kHasCompact || kRows <= Engine::kMaxWholeRows;
+  constexpr bool kHasWhole = !kHasCompact || kRows <= Engine::kMaxWholeRows || Work::kHasWindow;
   if constexpr (kHasWhole) {
-    if (!kHasCompact || kSmemBytes <= smem_limit()) {
-      return launch_scan_form<Engine, kKind, kCausal, kRows, kCols, 1>(args, only_check, stream);
+    if (!kHasCompact || Work::kHasWindow || kSmemBytes <= smem_limit()) {
+      return launch_scan_form<Engine, kKind, kReach, kRows, kCols, 1>(args, only_check, stream);
     }
   }
-  if constexpr (kHasCompact) {
+  if constexpr (kHasCompact && !Work::kHasWindow) {
     using Compact = std::conditional_t<Work::kStateParts == 1, Engine, typename Engine::Compact>;
-    return launch_scan_form<Compact, kKind, kCausal, kRows, kNarrow, 2>(args, only_check, stream);
+    return launch_scan_form<Compact, kKind, kReach, kRows, kNarrow, 2>(args, only_check, stream);
   }
 }
 
 // One translation unit an engine and kind (scan_sm80_*.cu): they compile side by side.
-template <class Engine, ScanKind kKind, bool kCausal>
+template <class Engine, ScanKind kKind, Reach kReach>
 int scan_sm80_for(const ScanArgs& args, bool only_check, cudaStream_t stream) {
-  if (args.y.dim <= 64) return launch_scan_sm80<Engine, kKind, kCausal, 64>(args, only_check, stream);
-  if (args.y.dim <= 128) return launch_scan_sm80<Engine, kKind, kCausal, 128>(args, only_check, stream);
-  if (args.y.dim <= kMaxDim) return launch_scan_sm80<Engine, kKind, kCausal, kMaxDim>(args, only_check, stream);
-  return set_error("feature and value dimensions go up to %d, got %d", kMaxDim, args.y.dim);
+  const int dim = kReach == Reach::kWindow && args.window_y.dim > args.y.dim ? args.window_y.dim : args.y.dim;
+  if (dim <= 64) return launch_scan_sm80<Engine, kKind, kReach, 64>(args, only_check, stream);
+  if (dim <= 128) return launch_scan_sm80<Engine, kKind, kReach, 128>(args, only_check, stream);
+  // The gradient of a window's q and k (window_gradient.h) has no more either.
+  constexpr int kLargest = kReach == Reach::kWindow && Engine::kMaxWholeRows < kMaxDim ? 128 : kMaxDim;
+  if constexpr (kLargest == kMaxDim) {
+    if (dim <= kMaxDim) return launch_scan_sm80<Engine, kKind, kReach, kMaxDim>(args, only_check, stream);
+  }
+  return set_error("feature and value dimensions go up to %d, got %d", kLargest, dim);
 }
 
 }  // namespace hf_linattn

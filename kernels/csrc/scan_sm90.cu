@@ -24,12 +24,13 @@ int check_scan_sm90(ScanKind kind, int dtype, const ScanArgs& args) {
   if (compute_capability() != 90) return set_error("the device has compute capability %d, not 90", compute_capability());
   if (dtype != HF_LINATTN_BF16) return set_error("the Hopper kernels take bfloat16");
   if (args.y.dim > 128) return set_error("the Hopper kernels take dimensions up to 128, got %d", args.y.dim);
+  if (args.window_y.dim > 128) return set_error("the Hopper kernels take dimensions up to 128, got %d", args.window_y.dim);
   if (kind == ScanKind::kQueryGrad && args.z.dim > 4 * kTileColumns) {
     return set_error("the Hopper kernels take feature dimensions up to 256, got %d", args.z.dim);
   }
   const bool with_x = !forms_state_only(kind), with_q = kind == ScanKind::kQueryGrad;
   if (!is_tileable(args.y) || !is_tileable(args.z) || (with_x && !is_tileable(args.x)) ||
-      (with_q && !is_tileable(args.q))) {
+      (with_q && !is_tileable(args.q)) || !is_tileable(args.window_x) || !is_tileable(args.window_y)) {
     return set_error("an address or stride is not a multiple of 16 bytes");
   }
   return 0;

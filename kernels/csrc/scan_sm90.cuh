@@ -1,13 +1,17 @@
 // The scans for Hopper (sm_90a). A CTA owns 64 columns of the output of one head and segment; its warpgroups share the work
 // by role, so that what one chunk hands to the next is only the update of the state:
 //
-//   producer   asks the copy engine for the tiles of a chunk, into a ring of stages
+//   producer   asks the copy engine for the tiles of a chunk, into a ring of stages; another warp of its group clears
+//              what they have of other sequences
 //   state      keeps the state in registers, publishes it as an operand before each chunk, adds the chunk to it
 //   rows, two  take chunks in turn: scores, weights, what is read of the state, values, output
 //
 // Each warpgroup of rows has an operand buffer of its own: the state runs as many chunks ahead of the output. Scans that
 // form the state alone have one state warpgroup for every 64 columns, and no rows. The CTAs of a head's dq are a cluster:
 // do.o of a row is a sum over all columns.
+//
+// With a window, chunks are taken in pairs: after the sources of both come the tiles of the window, which the second chunk
+// sees one later than the first, so that the warpgroups of rows share all but one.
 #ifndef HF_LINATTN_SCAN_SM90_CUH_
 #define HF_LINATTN_SCAN_SM90_CUH_
 
@@ -25,6 +29,7 @@ HF_LINATTN_BOTH_SIDES constexpr int threads_sm90(ScanKind kind, int tiles) {
 
 struct TileMaps {
   CUtensorMap x, y, z, q;
+  CUtensorMap window_x, window_y;
 };
 
 #if HF_LINATTN_HAS_SM90
@@ -39,21 +44,25 @@ struct Layout90 {
   static constexpr int kStageBytes = kQ + (Work::kProjects ? kZBytes : 0);
   static constexpr int kRowGroups = row_groups_of(Work::kScanKind), kRowWarps = kRowGroups * 4;
   static constexpr int kStateWarps = kTiles * 4;
-  static constexpr int kConsumerWarps = kRowWarps + (Work::kHasSources ? kStateWarps : 0);
+  static constexpr int kConsumerWarps = kRowWarps + (Work::kHasSources ? kStateWarps + 1 : 0);
   static constexpr int kRowTokenBytes = Work::kRowArrays * Work::kTokenArrayBytes;
   static constexpr int kStateTokenBytes = (Work::kTokenArrays - Work::kFirstStateArray) * Work::kTokenArrayBytes;
   static constexpr int kBarrierBytes = 1024, kMaxStages = 8, kSmemLimit = 227 * 1024;
   static constexpr int kMaxCluster = 4, kRowBytes = kChunk * 4;  // a float a row, of each CTA of a cluster
   static constexpr int kExchangeBytes = Work::kProjects ? kRowGroups * 2 * kMaxCluster * kRowBytes : 0;
+  // With a window both warpgroups of rows work on the same tiles: the output needs a place of its own.
+  static constexpr int kOutBytes = Work::kHasWindow ? Work::OutTile::kBytes : 0;
   static constexpr int kFixedBytes = kBarrierBytes + kRowGroups * (Work::kOperandBytes + Work::kSumBytes) +
-                                     kRowWarps * kRowTokenBytes + kStateWarps * kStateTokenBytes + kExchangeBytes;
+                                     kRowWarps * (kOutBytes + kRowTokenBytes) + kStateWarps * kStateTokenBytes +
+                                     kExchangeBytes;
   static constexpr int kFitting = (kSmemLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static constexpr int kBytes = kFixedBytes + kStages * kStageBytes;
   static_assert(kStages >= 3, "two chunks are worked on while a third arrives");
 
   // Barriers: of stages; of the operand buffer of each warpgroup of rows; of the exchange between CTAs, for every other
-  // chunk of such a warpgroup (a CTA that is ahead must not meet what another has yet to read); of cleared tiles.
+  // chunk of such a warpgroup (a CTA that is ahead must not meet what another has yet to read); of stages whose rows of
+  // other sequences are cleared.
   static __device__ __forceinline__ uint32_t full(uint32_t base, int stage) { return base + 8 * stage; }
   static __device__ __forceinline__ uint32_t empty(uint32_t base, int stage) { return base + 8 * (kMaxStages + stage); }
   static constexpr int kFirstOfRows = 2 * kMaxStages;
@@ -64,7 +73,9 @@ struct Layout90 {
   static __device__ __forceinline__ uint32_t exchanged(uint32_t base, int group, int turn) {
     return base + 8 * (kFirstOfRows + 2 * kRowGroups + 2 * group + turn);
   }
-  static __device__ __forceinline__ uint32_t cleared(uint32_t base) { return base + 8 * (kFirstOfRows + 4 * kRowGroups); }
+  static __device__ __forceinline__ uint32_t cleared(uint32_t base, int stage) {
+    return base + 8 * (kFirstOfRows + 4 * kRowGroups + stage);
+  }
   static __device__ __forceinline__ uint32_t exchange(uint32_t base, int buffer, int turn, int rank) {
     return state_tokens(base, kStateWarps) + Work::kFirstStateArray * Work::kTokenArrayBytes +
            ((2 * buffer + turn) * kMaxCluster + rank) * kRowBytes;
@@ -75,8 +86,11 @@ struct Layout90 {
   static __device__ __forceinline__ uint32_t operand(uint32_t base, int buffer) {
     return stage(base, kStages) + buffer * Work::kOperandBytes;
   }
+  static __device__ __forceinline__ uint32_t out(uint32_t base, int warp) {
+    return operand(base, kRowGroups) + warp * kOutBytes;
+  }
   static __device__ __forceinline__ uint32_t sums(uint32_t base, int buffer) {
-    return operand(base, kRowGroups) + buffer * Work::kSumBytes;
+    return out(base, kRowWarps) + buffer * Work::kSumBytes;
   }
   static __device__ __forceinline__ uint32_t row_tokens(uint32_t base, int warp) {
     return sums(base, kRowGroups) + warp * kRowTokenBytes;
@@ -94,6 +108,15 @@ struct RingPipe {
   int taken = 0, freed = 0;  // stages; more than one may be taken before the first is freed
   uint32_t parity = 0;
 
+  // `are_whole`: all tokens of the tiles are sources. What is not has been cleared by the time of return.
+  __device__ __forceinline__ StageTiles acquire(bool are_whole) {
+    if (!are_whole) ptx::mbarrier_wait(Layout::cleared(base, taken), parity);
+    return acquire();
+  }
+  __device__ __forceinline__ void pass() {
+    acquire();
+    release();
+  }
   __device__ __forceinline__ StageTiles acquire() {
     ptx::mbarrier_wait(Layout::full(base, taken), parity);
     const uint32_t tiles = Layout::stage(base, taken);
@@ -109,39 +132,106 @@ struct RingPipe {
 
 // The producer's end: one thread asks for every tile of the segment, in the order in which the consumers take them.
 template <class Work, class Layout>
-__device__ __forceinline__ void produce(const ScanArgs& args, const TileMaps& maps, const Segment& segment, int head,
-                                        int column0, uint32_t base) {
-  constexpr int kHalves = Work::kRowsPadded / 64, kHalfBytes = kChunk * 128, kTiles = Layout::kStateWarps / 4;
-  const int chunks = chunk_count(segment);
-  const int group = args.num_heads / args.num_kv_heads;
-  const int members = Work::kReverse && Work::kHasSources ? group : 1;
+struct Producer {
+  static constexpr int kHalves = Work::kRowsPadded / 64, kHalfBytes = kChunk * 128, kTiles = Layout::kStateWarps / 4;
+  const Work& work;
+  const TileMaps& maps;
+  const uint32_t base;
   int stage = 0;
   uint32_t parity = 1;
-  for (int step = 0; step < chunks; ++step) {
-    const int chunk = Work::chunk_at(step, chunks);
-    const int token = static_cast<int>(segment.begin + static_cast<int64_t>(chunk) * kChunk);
-    for (int member = 0; member < members; ++member) {
-      ptx::mbarrier_wait(Layout::empty(base, stage), parity);
-      const uint32_t full = Layout::full(base, stage), tiles = Layout::stage(base, stage);
-      const bool with_x = Work::kHasOutput && member == 0;
-      const int source_bytes = Work::kHasSources ? Layout::kXBytes + kTiles * Layout::kZBytes : 0;
-      const bool with_q = Work::kProjects && args.normalize;
-      ptx::mbarrier_arrive_expect_tx(full, (with_x ? Layout::kXBytes : 0) + source_bytes + (with_q ? Layout::kZBytes : 0));
-      auto load = [&](uint32_t to, const CUtensorMap& map, int column, int from_head) {
-        ptx::tma_load_4d(to, &map, full, column, from_head, token, segment.batch);
-      };
-      for (int half = 0; with_x && half < kHalves; ++half) load(tiles + half * kHalfBytes, maps.x, 64 * half, head);
-      if (with_q) load(tiles + Layout::kQ, maps.q, column0, head);
-      if (Work::kHasSources) {
-        const int source_head = Work::kReverse ? head * group + member : Work::kStateOnly ? head : head / group;
-        for (int half = 0; half < kHalves; ++half) {
-          load(tiles + Layout::kY + half * kHalfBytes, maps.y, 64 * half, source_head);
-        }
-        for (int i = 0; i < kTiles; ++i) {
-          load(tiles + Layout::kZ + i * Layout::kZBytes, maps.z, column0 + 64 * i, source_head);
-        }
+
+  __device__ __forceinline__ void run() {
+    const ScanArgs& args = work.args;
+    const int chunks = chunk_count(work.segment);
+    const int members = work.members();
+    for (int step = 0; step < chunks; ++step) {
+      const int64_t first = first_token(step, chunks);
+      for (int member = 0; member < members; ++member) {
+        begin_item(Work::kHasOutput && member == 0, Work::kHasSources, Work::kProjects && args.normalize);
+        if (Work::kHasOutput && member == 0) load_rows(maps.x, first);
+        if (Work::kProjects && args.normalize) load(Layout::kQ, maps.q, work.column0, work.head, first);
+        if (Work::kHasSources) load_sources(maps.y, work.source_token(first), member);
+        end_item();
       }
-      if (++stage == Layout::kStages) stage = 0, parity ^= 1;
+      if constexpr (Work::kHasWindow) {
+        const bool is_last = step + 1 == chunks;
+        if (step % 2 == 1 || is_last) produce_window(step - step % 2, chunks);
+      }
+    }
+  }
+
+ private:
+  // The window of the chunks of steps step and, if there is one, step + 1.
+  __device__ __forceinline__ void produce_window(int step, int chunks) {
+    const int count = step + 1 < chunks ? 2 : 1;
+    const int64_t first = first_token(step, chunks);
+    const typename Work::WindowTiles window = work.window_tiles_of(first, count);
+    for (int member = 0; member < work.members(); ++member) {
+      for (int tile = window.begin; tile < window.end; ++tile) {
+        const int turn = tile - window.begin;
+        const bool with_rows = member == 0 && turn < count;
+        begin_item(with_rows, true, false);
+        if (with_rows) load_rows(maps.window_x, first_token(step + turn, chunks));
+        load_sources(maps.window_y, work.source_token(first, tile), member);
+        end_item();
+      }
+    }
+  }
+  __device__ __forceinline__ int64_t first_token(int step, int chunks) const {
+    return work.first_token(work.chunk_at(step, chunks));
+  }
+  __device__ __forceinline__ void begin_item(bool with_rows, bool with_sources, bool with_q) {
+    ptx::mbarrier_wait(Layout::empty(base, stage), parity);
+    const int source_bytes = with_sources ? Layout::kXBytes + kTiles * Layout::kZBytes : 0;
+    ptx::mbarrier_arrive_expect_tx(Layout::full(base, stage),
+                                   (with_rows ? Layout::kXBytes : 0) + source_bytes + (with_q ? Layout::kZBytes : 0));
+  }
+  __device__ __forceinline__ void end_item() {
+    if (++stage == Layout::kStages) stage = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ void load(int place, const CUtensorMap& map, int column, int head, int64_t token) {
+    ptx::tma_load_4d(Layout::stage(base, stage) + place, &map, Layout::full(base, stage), column, head,
+                     static_cast<int>(token), work.segment.batch);
+  }
+  __device__ __forceinline__ void load_rows(const CUtensorMap& map, int64_t token) {
+    for (int half = 0; half < kHalves; ++half) load(half * kHalfBytes, map, 64 * half, work.head, token);
+  }
+  __device__ __forceinline__ void load_sources(const CUtensorMap& y, int64_t token, int member) {
+    const int head = work.source_head(member);
+    for (int half = 0; half < kHalves; ++half) load(Layout::kY + half * kHalfBytes, y, 64 * half, head, token);
+    for (int i = 0; i < kTiles; ++i) load(Layout::kZ + i * Layout::kZBytes, maps.z, work.column0 + 64 * i, head, token);
+  }
+};
+
+// A warp that clears the rows of other sequences, for all who read a tile: zero times NaN must not reach a product.
+template <class Work, class Layout>
+__device__ __forceinline__ void clear_tiles(const Work& work, uint32_t base) {
+  RingPipe<Layout> pipe{base, 0};
+  const int chunks = chunk_count(work.segment);
+  auto clear = [&](const TileTokens& sources) {
+    const int stage_index = pipe.taken;
+    const StageTiles stage = pipe.acquire();
+    if (!sources.is_whole()) {
+      work.template clear_rows<typename Work::XTile, Work::kRowsPadded>(stage.y, sources);
+      for (int i = 0; i < Layout::kStateWarps / 4; ++i) {
+        work.template clear_rows<typename Work::ZTile, Work::kColumns>(stage.z + i * Layout::kZBytes, sources);
+      }
+      work.publish_to_engine();
+      __syncwarp();
+    }
+    if (work.lane == 0) ptx::mbarrier_arrive(Layout::cleared(base, stage_index));
+    pipe.release();
+  };
+  for (int step = 0; step < chunks; ++step) {
+    const TileTokens sources = work.far_tokens(work.first_token(work.chunk_at(step, chunks)));
+    for (int member = 0; member < work.members(); ++member) clear(sources);
+    if constexpr (Work::kHasWindow) {
+      if (step % 2 == 0 && step + 1 < chunks) continue;
+      const int64_t first = work.first_token(work.chunk_at(step - step % 2, chunks));
+      const auto window = work.window_tiles_of(first, 1 + step % 2);
+      for (int member = 0; member < work.members(); ++member) {
+        for (int i = window.begin; i < window.end; ++i) clear(work.source_tokens(work.source_token(first, i)));
+      }
     }
   }
 }
@@ -150,7 +240,7 @@ __device__ __forceinline__ void produce(const ScanArgs& args, const TileMaps& ma
 template <class Work, class Layout>
 __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
   RingPipe<Layout> pipe{base, tile};
-  const int chunks = chunk_count(work.segment), members = work.group;
+  const int chunks = chunk_count(work.segment), members = work.members();
   float log_decay = 0.f;  // of the whole segment, log2
   typename Work::TokenInputs next;
   work.load_state();
@@ -167,9 +257,14 @@ __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
     for (int group = 0; group < Layout::kRowGroups; ++group) publish(group);
     return;
   }
-  const int items = chunks * members;  // a chunk of each head of the group
-  auto load_item = [&](int item) {
-    if (Work::kTokenInputs && item < items) work.load_tokens(next, work.chunk_at(item / members, chunks), item % members);
+  struct Item {  // a chunk of one head of the group
+    int step, member;
+    __device__ __forceinline__ Item following(int members) const {
+      return member + 1 < members ? Item{step, member + 1} : Item{step + 1, 0};
+    }
+  };
+  auto load_item = [&](const Item& item) {
+    if (Work::kTokenInputs && item.step < chunks) work.load_tokens(next, work.chunk_at(item.step, chunks), item.member);
   };
   // Fragments of a chunk do not depend on the state. Without rows there are registers to form them while the products of
   // the chunk before run.
@@ -177,28 +272,22 @@ __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
   typename Work::UpdateFragments y[Work::kStateTiles], ahead[Work::kStateTiles];
   StageTiles stage = {};
   float chunk_decay = 0.f;
-  auto prepare = [&](int item) {
-    const int valid = work.valid_tokens(work.first_token(work.chunk_at(item / members, chunks)));
-    if (work.with_token_arrays(valid)) chunk_decay = work.template publish_tokens<false, true>(next, valid);
-    load_item(item + 1);
-    stage = pipe.acquire();
-    if (valid < kChunk) {
-      if (tile == 0) work.template clear_rows<typename Work::XTile, Work::kRowsPadded>(stage.y, valid);
-      work.template clear_rows<typename Work::ZTile, Work::kColumns>(stage.z, valid);
-      ptx::mbarrier_arrive(Layout::cleared(base));
-      ptx::mbarrier_wait(Layout::cleared(base), item % members % 2);
-    }
+  auto prepare = [&](const Item& item) {
+    const TileTokens sources = work.far_tokens(work.first_token(work.chunk_at(item.step, chunks)));
+    if (work.with_token_arrays(sources)) chunk_decay = work.template publish_tokens<false, true>(next, sources);
+    load_item(item.following(members));
+    stage = pipe.acquire(sources.is_whole());
   };
   auto load_fragments = [&](auto& fragments) {
 #pragma unroll
     for (int m = 0; m < Work::kStateTiles; ++m) work.load_update(fragments[m], stage.y, m);
   };
-  load_item(0);
-  if (kAhead && items > 0) prepare(0), load_fragments(y);
-  for (int item = 0; item < items; ++item) {
-    if (Work::kHasOutput && item % members == 0) publish(item / members);
+  load_item({0, 0});
+  if (kAhead && chunks > 0) prepare({0, 0}), load_fragments(y);
+  for (Item item = {0, 0}; item.step < chunks; item = item.following(members)) {
+    if (Work::kHasOutput && item.member == 0) publish(item.step);
     if (!kAhead) prepare(item);
-    if (Work::kDecays && item % members == 0) {
+    if (Work::kDecays && item.member == 0) {
       work.decay_state(exp2f(chunk_decay));
       log_decay += chunk_decay;
     }
@@ -211,11 +300,19 @@ __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
       for (int i = m; i < m + kStep && !kAhead; ++i) work.load_update(y[i], stage.y, i);
       work.update_tiles(m, y, z, [&] {
         if (m == 0 && work.with_column_sums()) work.sum_columns(z_tile);
-        if (kAhead && m + kStep == Work::kStateTiles && item + 1 < items) prepare(item + 1), load_fragments(ahead);
+        const Item then = item.following(members);
+        if (kAhead && m + kStep == Work::kStateTiles && then.step < chunks) prepare(then), load_fragments(ahead);
       });
     }
     pipe.release();
     if (kAhead) memcpy(y, ahead, sizeof y);
+    if constexpr (Work::kHasWindow) {
+      const int step = item.step;
+      if (item.member + 1 == members && (step % 2 == 1 || step + 1 == chunks)) {
+        const auto window = work.window_tiles_of(work.first_token(work.chunk_at(step - step % 2, chunks)), 1 + step % 2);
+        for (int i = members * (window.end - window.begin); i > 0; --i) pipe.pass();
+      }
+    }
   }
   work.store_state(log_decay);
 }
@@ -269,43 +366,70 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
   using Engine = typename Work::EngineType;
   constexpr int kRowGroups = Layout::kRowGroups;
   RingPipe<Layout> pipe{base, 0};
-  const int chunks = chunk_count(work.segment), members = Work::kHasSources ? work.group : 1;
+  const int chunks = chunk_count(work.segment), members = work.members();
   typename Work::TokenInputs next;
+  typename Work::FragmentA x[Work::kSteps];
+  typename Work::RowSums rows;
   work.places.operand = Layout::operand(base, own);
   work.places.sums = Layout::sums(base, own);
-  if (Work::kTokenInputs && own < chunks) work.load_tokens(next, work.chunk_at(own, chunks), 0);
-  for (int step = 0; step < chunks; ++step) {
-    if (step % kRowGroups != own) {
-      for (int member = 0; member < members; ++member) {
-        pipe.acquire();
+  auto multiply_scores = [&](float (&p)[kChunk / 2], uint32_t y_tile) {
+    Engine::fence();
+    const typename Engine::Operand y = Engine::operand(y_tile);
+#pragma unroll
+    for (int k = 0; k < Work::kSteps; ++k) {
+      Engine::template gemm_nk<kChunk, typename Work::XTile>(p, x[k], y, 16 * k, k != 0);
+    }
+    Engine::commit();
+  };
+  // The window of this pair of chunks: both warpgroups of rows share the tiles, the second sees each one later. `has_rows`:
+  // there is a chunk from token `first` on.
+  auto add_window = [&](const typename Work::WindowTiles& window, int64_t first, bool has_rows) {
+    if (has_rows) work.start_window(rows);
+#pragma unroll 1
+    for (int member = 0; member < members; ++member) {
+#pragma unroll 1
+      for (int i = window.begin; i < window.end; ++i) {
+        const int tile = i - own;
+        if (!has_rows || i < window.begin + own || tile >= window_tiles(work.args.window)) {
+          pipe.pass();
+          continue;
+        }
+        const TileTokens sources = work.source_tokens(work.source_token(first, tile));
+        float p[kChunk / 2], lse[2];
+        typename Work::FragmentA weights[kChunk / 16];
+        work.load_lse(lse, work.source_token(first, tile), sources, member);
+        const StageTiles stage = pipe.acquire(sources.is_whole());
+        work.publish_lse(lse);
+        if (member == 0 && i == window.begin + own) work.load_rows(x, stage.x);
+        multiply_scores(p, stage.y);
+        Engine::template wait<0>();
+        Engine::keep(p);
+        work.weigh_window(p, rows, weights, 0, tile, first, sources);
+        multiply_weights<Work>(rows.o, weights, stage.z);
+        Engine::keep_fragments(x);
         pipe.release();
       }
-      continue;
     }
+  };
+  if (Work::kTokenInputs && own < chunks) work.load_tokens(next, work.chunk_at(own, chunks), 0);
+  for (int step = 0; step < chunks; ++step) {
     const int chunk = work.chunk_at(step, chunks);
     const int64_t first = work.first_token(chunk);
+    const TileTokens sources = work.far_tokens(first);
     const int valid = work.valid_tokens(first);
-    typename Work::FragmentA x[Work::kSteps];
-    typename Work::RowSums rows;
-    for (int member = 0; member < members; ++member) {
-      if (work.with_token_arrays(valid)) work.template publish_tokens<true, false>(next, valid);
+    if (step % kRowGroups != own) {
+      for (int member = 0; member < members; ++member) pipe.pass();
+    }
+    for (int member = 0; step % kRowGroups == own && member < members; ++member) {
+      if (work.with_token_arrays(sources)) work.template publish_tokens<true, false>(next, sources);
       if (member == 0) work.start_rows(rows, next);
       if (Work::kTokenInputs && member + 1 < members) work.load_tokens(next, chunk, member + 1);
       else if (Work::kTokenInputs && step + kRowGroups < chunks) work.load_tokens(next, work.chunk_at(step + kRowGroups, chunks), 0);
-      const StageTiles stage = pipe.acquire();
-      if (Work::kHasSources && valid < kChunk) ptx::mbarrier_wait(Layout::cleared(base), member % 2);
+      const StageTiles stage = pipe.acquire(!Work::kHasSources || sources.is_whole());
       if (member == 0) work.load_rows(x, stage.x);
       // Products run beside the ordinary code that follows them: weights are formed under the read of the state.
       float p[kChunk / 2];
-      if constexpr (Work::kHasSources) {
-        Engine::fence();
-        const typename Engine::Operand y = Engine::operand(stage.y);
-#pragma unroll
-        for (int k = 0; k < Work::kSteps; ++k) {
-          Engine::template gemm_nk<kChunk, typename Work::XTile>(p, x[k], y, 16 * k, k != 0);
-        }
-        Engine::commit();
-      }
+      if constexpr (Work::kHasSources) multiply_scores(p, stage.y);
       if (member == 0) {
         if (Work::kHasSources || step == own) ptx::mbarrier_wait(Layout::published(base, own), step / kRowGroups % 2);
         work.read_state(rows.o, x, stage.x);
@@ -318,7 +442,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
         else Engine::template wait<0>();
         Engine::keep(p);
 #pragma unroll
-        for (int k = 0; k < kChunk / 16; ++k) weights[k] = work.weigh(p, k, 16 * k, rows, valid);
+        for (int k = 0; k < kChunk / 16; ++k) weights[k] = work.weigh(p, k, 16 * k, rows, sources);
       }
       if (member == 0) {
         Engine::template wait<0>();
@@ -351,7 +475,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
           work.project(rows, along, first, valid);
         }
       }
-      if (member + 1 == members) {
+      if (!Work::kHasWindow && member + 1 == members) {
         // A warp's rows of x are in its registers by now: their place takes the output on its way.
         work.places.out = stage.x + work.warp * Work::OutTile::kBytes;
         work.write_output(rows, first, valid);
@@ -359,24 +483,40 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
       }
       pipe.release();
     }
+    if constexpr (Work::kHasWindow) {
+      if (step % kRowGroups == 0 && step + 1 < chunks) continue;  // the pair's other chunk follows
+      const int pair = step - step % kRowGroups;
+      const int64_t own_first = work.first_token(work.chunk_at(pair + own, chunks));
+      const auto window = work.window_tiles_of(work.first_token(work.chunk_at(pair, chunks)), step - pair + 1);
+      add_window(window, own_first, pair + own < chunks);
+      if (pair + own >= chunks) continue;
+      work.places.out = Layout::out(base, own * 4 + work.warp);
+      work.write_output(rows, own_first, work.valid_tokens(own_first));
+    }
   }
   if (own == 0) work.clear_tail();
 }
 
+// Formed anew for each role: none keeps it for another.
+__device__ __forceinline__ uint32_t own_smem_address() {
+  return static_cast<uint32_t>(hidden(static_cast<int>(ptx::smem_address(ptx::dynamic_smem()))));
+}
+
 // A CTA's whole work: `block` counts tiles, then heads, then slots.
-template <class Work, ScanKind kKind, bool kCausal, int kTiles>
+template <class Work, ScanKind kKind, Reach kReach, int kTiles>
 __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& maps, int block, int tiles, int heads) {
   using Layout = Layout90<Work, kTiles>;
   constexpr int kRowWarpgroups = Layout::kRowGroups, kConsumers = kRowWarpgroups + kTiles;
   const int tile = block % tiles, head = block / tiles % heads, slot = block / (tiles * heads);
   const Segment segment = find_segment(args, slot);
-  if (!is_wanted<kKind, kCausal>(segment)) return;
+  if (!is_wanted<kKind, kReach>(segment)) return;
   const uint32_t base = ptx::smem_address(ptx::dynamic_smem());
   const int column0 = tile * kTiles * kTileColumns;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Layout::kStages; ++i) {
       ptx::mbarrier_init(Layout::full(base, i), 1);
       ptx::mbarrier_init(Layout::empty(base, i), Layout::kConsumerWarps);
+      ptx::mbarrier_init(Layout::cleared(base, i), 1);
     }
     for (int i = 0; i < Layout::kRowGroups; ++i) {
       ptx::mbarrier_init(Layout::published(base, i), kWarpgroupThreads);
@@ -384,7 +524,6 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
       ptx::mbarrier_init(Layout::exchanged(base, i, 0), 1);
       ptx::mbarrier_init(Layout::exchanged(base, i, 1), 1);
     }
-    ptx::mbarrier_init(Layout::cleared(base), kTiles * kWarpgroupThreads);
     ptx::mbarrier_init_fence();
   }
   const bool is_clustered = Work::kProjects && tiles > 1;
@@ -392,21 +531,27 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   else __syncthreads();
   const int warpgroup = threadIdx.x / kWarpgroupThreads, warp = threadIdx.x / 32 % 4;
   // An SM has 512 registers for the threads of the CTA with the same place in their warpgroups.
-  constexpr int kProducerRegisters = 24;
-  constexpr int kRowRegisters = !Work::kProjects ? 152 : kCausal ? 168 : 176;
+  constexpr int kProducerRegisters = Work::kWindowed && !Work::kRowConstant ? 32 : 24;
+  constexpr int kRowRegisters = !Work::kProjects ? 152 : Work::kCausal ? 168 : 176;
   constexpr int kLeftRegisters = (512 - kProducerRegisters - kRowWarpgroups * kRowRegisters) / kTiles / 8 * 8;
   constexpr int kStateRegisters = kLeftRegisters < 240 ? kLeftRegisters : 240;
   if (warpgroup == kConsumers) {
     if (kConsumers > 1) ptx::register_dealloc<kProducerRegisters>();
-    if (threadIdx.x % kWarpgroupThreads == 0) produce<Work, Layout>(args, maps, segment, head, column0, base);
+    const Work work(args, segment, head, column0, {});
+    if (threadIdx.x % kWarpgroupThreads == 0) Producer<Work, Layout>{work, maps, base}.run();
+    if constexpr (Work::kHasSources) {
+      if (warp == 1) clear_tiles<Work, Layout>(work, base);
+    }
   } else if (warpgroup < kRowWarpgroups) {
     if constexpr (Work::kHasOutput) {
       ptx::register_alloc<kRowRegisters>();
+      const uint32_t base = own_smem_address();
       Work work(args, segment, head, column0, {0, 0, Layout::row_tokens(base, warpgroup * 4 + warp), 0});
       run_rows<Work, Layout>(work, base, warpgroup, tiles);
     }
   } else {
     if (kConsumers > 1) ptx::register_alloc<kStateRegisters>();  // two warpgroups have enough from the start
+    const uint32_t base = own_smem_address();
     const int state_tile = warpgroup - kRowWarpgroups;
     Work work(args, segment, head, column0 + state_tile * kTileColumns,
               {0, 0, Layout::state_tokens(base, state_tile * 4 + warp), 0});
@@ -415,16 +560,16 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   if (is_clustered) ptx::cluster_arrive(), ptx::cluster_wait();  // others may still send to this CTA
 }
 
-template <ScanKind kKind, bool kCausal, bool kDecay, int kRows>
-using Work90 = ScanWarpgroup<Bf16Wgmma, kKind, kCausal, kDecay, kRows, kTileColumns>;
+template <ScanKind kKind, Reach kReach, bool kDecay, int kRows>
+using Work90 = ScanWarpgroup<Bf16Wgmma, kKind, kReach, kDecay, kRows, kTileColumns>;
 
 #endif  // HF_LINATTN_HAS_SM90
 
-template <ScanKind kKind, bool kCausal, bool kDecay, int kRows, int kTiles>
+template <ScanKind kKind, Reach kReach, bool kDecay, int kRows, int kTiles>
 __global__ void __launch_bounds__(threads_sm90(kKind, kTiles), 1)
     scan_sm90_kernel(const __grid_constant__ ScanArgs args, const __grid_constant__ TileMaps maps, int tiles, int heads) {
 #if HF_LINATTN_HAS_SM90
-  scan_sm90<Work90<kKind, kCausal, kDecay, kRows>, kKind, kCausal, kTiles>(args, maps, blockIdx.x, tiles, heads);
+  scan_sm90<Work90<kKind, kReach, kDecay, kRows>, kKind, kReach, kTiles>(args, maps, blockIdx.x, tiles, heads);
 #endif
 }
 
@@ -434,7 +579,7 @@ inline bool is_tileable(const Rows& rows) {
   return base && rows.token_stride % 8 == 0 && rows.head_stride % 8 == 0 && rows.batch_stride % 8 == 0;
 }
 
-inline int make_tile_maps(ScanKind kind, bool is_causal, const ScanArgs& args, TileMaps& maps) {
+inline int make_tile_maps(ScanKind kind, Reach reach, const ScanArgs& args, TileMaps& maps) {
   const bool by_kv_head = is_reverse(kind) || forms_state_only(kind);
   const int64_t batch = args.cu_seqlens == nullptr ? args.num_sequences : 1;
   auto map = [&](CUtensorMap* to, const Rows& rows, int num_heads) {
@@ -448,24 +593,28 @@ inline int make_tile_maps(ScanKind kind, bool is_causal, const ScanArgs& args, T
       if (int error = map(&maps.q, args.q, heads)) return error;
     }
   }
-  if (is_causal || forms_state_only(kind)) {
-    const int source_heads = is_reverse(kind) ? args.num_heads : args.num_kv_heads;
+  const int source_heads = is_reverse(kind) ? args.num_heads : args.num_kv_heads;
+  if (reach != Reach::kAll || forms_state_only(kind)) {
     if (int error = map(&maps.y, args.y, source_heads)) return error;
     if (int error = map(&maps.z, args.z, source_heads)) return error;
+  }
+  if (reach == Reach::kWindow && args.window_x.data != nullptr) {
+    if (int error = map(&maps.window_x, args.window_x, by_kv_head ? args.num_kv_heads : args.num_heads)) return error;
+    if (int error = map(&maps.window_y, args.window_y, source_heads)) return error;
   }
   return 0;
 }
 
-template <ScanKind kKind, bool kCausal, bool kDecay, int kRows, int kTiles>
+template <ScanKind kKind, Reach kReach, bool kDecay, int kRows, int kTiles>
 int launch_scan_sm90(const ScanArgs& args, cudaStream_t stream) {
-  using Layout = Layout90<Work90<kKind, kCausal, kDecay, kRows>, kTiles>;
+  using Layout = Layout90<Work90<kKind, kReach, kDecay, kRows>, kTiles>;
   const int columns = kTiles * kTileColumns, tiles = (args.z.dim + columns - 1) / columns;
   const int heads = is_reverse(kKind) || forms_state_only(kKind) ? args.num_kv_heads : args.num_heads;
   const int64_t blocks = static_cast<int64_t>(tiles) * heads * args.num_slots;
   if (blocks > 0x7fffffff) return set_error("%lld blocks are more than a grid holds", static_cast<long long>(blocks));
   TileMaps maps = {};
-  if (int error = make_tile_maps(kKind, kCausal, args, maps)) return error;
-  return launch_clusters(scan_sm90_kernel<kKind, kCausal, kDecay, kRows, kTiles>, dim3(static_cast<unsigned>(blocks)),
+  if (int error = make_tile_maps(kKind, kReach, args, maps)) return error;
+  return launch_clusters(scan_sm90_kernel<kKind, kReach, kDecay, kRows, kTiles>, dim3(static_cast<unsigned>(blocks)),
                          kKind == ScanKind::kQueryGrad ? tiles : 1, threads_sm90(kKind, kTiles), Layout::kBytes, stream,
                          args, maps, tiles, heads);
 }

@@ -22,10 +22,12 @@ struct StageTiles {
 };
 
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kSmallestFloat = 1.1754944e-38f;
 constexpr float kSmallestLogDecay = -120.f;  // e^-120 is 0 in float32; -inf would leave NaN in differences
 
-// Where sequence n begins, counted over all of them.
-__device__ __forceinline__ int64_t sequence_bound(const ScanArgs& args, int n) {
+// Where sequence n begins, counted over all of them. Args here and below: ScanArgs, or what has its members of that name.
+template <class Args>
+__device__ __forceinline__ int64_t sequence_bound(const Args& args, int n) {
   if (args.cu_seqlens == nullptr) return n * args.tokens;
   return args.cu_seqlens_is_int64 ? static_cast<const int64_t*>(args.cu_seqlens)[n]
                                   : static_cast<const int32_t*>(args.cu_seqlens)[n];
@@ -37,7 +39,8 @@ __device__ __forceinline__ int chunk_count(const Segment& segment) {
 
 // Slot s of the grid -> its tokens. Dense: every sequence has the same number of slots. Packed: sequence n owns the slots
 // from cu_seqlens[n] / segment_tokens + n, enough for its segments whatever the lengths.
-__device__ __forceinline__ Segment find_segment(const ScanArgs& args, int slot) {
+template <class Args>
+__device__ __forceinline__ Segment find_segment(const Args& args, int slot) {
   Segment segment;
   int64_t start = 0, length = args.tokens;
   int index;
@@ -69,6 +72,18 @@ __device__ __forceinline__ Segment find_segment(const ScanArgs& args, int slot) 
   return segment;
 }
 
+// Which of the 64 tokens of a tile are there: begin .. end-1.
+struct TileTokens {
+  int begin, end;
+  __device__ __forceinline__ bool is_whole() const { return begin == 0 && end == kChunk; }
+  __device__ __forceinline__ bool has(int token) const { return token >= begin && token < end; }
+};
+
+// Of the 64 tokens from `first` on, those before `end`.
+__device__ __forceinline__ TileTokens tokens_until(int64_t first, int64_t end) {
+  return {0, end - first < kChunk ? static_cast<int>(end - first) : kChunk};
+}
+
 // x, which the compiler takes for a new number: what is computed from it stays where it is used. Otherwise the addresses
 // of everything a chunk writes are formed before its first product, and occupy registers until the end.
 __device__ __forceinline__ int hidden(int x) {
@@ -80,10 +95,10 @@ __device__ __forceinline__ int hidden(int x) {
 __device__ __forceinline__ float guarded(float den) { return fabsf(den) < kDenominatorEps ? kDenominatorEps : den; }
 
 // Whether this segment has work: one that no boundary waits for adds nothing to a state.
-template <ScanKind kKind, bool kCausal>
+template <ScanKind kKind, Reach kReach>
 __device__ __forceinline__ bool is_wanted(const Segment& segment) {
   constexpr bool kIsState = forms_state_only(kKind), kReverse = is_reverse(kKind);
-  return segment.exists && !(kIsState && kCausal && (kReverse ? segment.is_first : segment.is_last));
+  return segment.exists && !(kIsState && kReach != Reach::kAll && (kReverse ? segment.is_first : segment.is_last));
 }
 
 // The n-th entry of a state member, or null.
@@ -92,7 +107,7 @@ __device__ __forceinline__ float* entry(float* member, int64_t n, int64_t size) 
 }
 
 // kXParts: x is in shared memory as so many equal parts of its columns, one after the other.
-template <class Engine, ScanKind kKind, bool kCausal, bool kDecay, int kRows, int kCols, int kXParts = 1>
+template <class Engine, ScanKind kKind, Reach kReach, bool kDecay, int kRows, int kCols, int kXParts = 1>
 struct ScanWarpgroup {
   using EngineType = Engine;
   using Element = typename Engine::Element;
@@ -106,6 +121,7 @@ struct ScanWarpgroup {
   using OutTile = typename Engine::template Tile<16, kCols>;
 
   static constexpr ScanKind kScanKind = kKind;
+  static constexpr bool kCausal = kReach != Reach::kAll, kWindowed = kReach == Reach::kWindow;
   static constexpr bool kDecays = kDecay;
   static constexpr bool kStateOnly = forms_state_only(kKind);
   static constexpr bool kReverse = is_reverse(kKind);
@@ -113,10 +129,13 @@ struct ScanWarpgroup {
   static constexpr bool kExtra = has_extra_column(kKind);
   static constexpr bool kHasOutput = !kStateOnly;
   static constexpr bool kHasSources = kCausal || kStateOnly;
+  // The scan adds the softmax of the keys in the window, or of the queries that see these keys.
+  static constexpr bool kHasWindow = kWindowed && (kKind == ScanKind::kOutput || kKind == ScanKind::kValueGrad);
   static constexpr bool kRowConstant = kKind == ScanKind::kQueryGrad;
   // dq = b (u - (do.o) z) / den with u = sum w (do.v) k, z = sum w k, and do.o = (q.u b + a sum w (do.v)) / den: the
   // asynchronous kernels form both sums, then do.o, then dq. The others run twice: for do.o, then with it in the weights.
-  static constexpr bool kProjects = kRowConstant && Engine::kIsAsync;
+  // With a window do.o has more in it than these sums, and is given.
+  static constexpr bool kProjects = kRowConstant && Engine::kIsAsync && !kWindowed;
   static constexpr int kKeyParts = kDecay ? 2 : 1;  // of the weights in z, whose error would not cancel
   // dq is a difference of two sums over all keys that nearly cancel: its state operand keeps twice the bits.
   static constexpr int kStateParts = kRowConstant && Engine::kIsRounding ? 2 : 1;
@@ -125,10 +144,13 @@ struct ScanWarpgroup {
   // sums beside it give: either both have the bias, or neither.
   // State kinds see one segment only.
   static constexpr bool kSumsApart = Engine::kTruncates && !(Engine::kIsAsync && kRows > 64 &&
-                                                             (kRowConstant || kKind == ScanKind::kValueGrad || kStateOnly));
+                                                             (kRowConstant || kKind == ScanKind::kValueGrad || kStateOnly ||
+                                                              kWindowed));
   static constexpr int kRowsPadded = kRows, kColumns = kCols, kPartsOfX = kXParts;
   static constexpr int kStateTiles = kRows / 64;
   static constexpr int kSteps = kRows / 16, kPartSteps = kSteps / kXParts;
+  // The state of dq has the sum of its weights where the scan knows do.o before it reads the state.
+  static constexpr bool kCountsTokens = !kRowConstant || kWindowed;
   // An asynchronous engine has all fragments of a chunk in registers, where no copy can change them, and only unrolled
   // loops can name them; the others save the registers.
   static constexpr int kXFragments = Engine::kIsAsync ? kSteps : 1;
@@ -160,11 +182,12 @@ struct ScanWarpgroup {
     float weights[2];        // sums of weights, this thread's part
     float factor[2], den[2], along[2];  // decay since the chunk began; the denominator and do . o of the row
     float keys[kProjects ? kCols / 2 : 1];  // z of the row
+    float peak[2], sum[2];   // with a window: all numbers are relative to 2^peak; sum of weights, this thread's part
   };
 
   const ScanArgs& args;
   const Segment segment;
-  const int head, kv_head, group, column0;  // head: of x and out
+  const int head, kv_head, column0;  // head: of x and out
   SharedPlaces places;
   const int lane, warp, g, t;
 
@@ -178,8 +201,7 @@ struct ScanWarpgroup {
       : args(args),
         segment(segment),
         head(head),
-        kv_head(kStateOnly || kReverse ? head : head / (args.num_heads / args.num_kv_heads)),
-        group(kReverse ? args.num_heads / args.num_kv_heads : 1),
+        kv_head(kStateOnly || kReverse ? head : head / args.group),
         column0(column0),
         places(places),
         lane(threadIdx.x % 32),
@@ -187,6 +209,10 @@ struct ScanWarpgroup {
         g(threadIdx.x % 32 / 4),
         t(threadIdx.x % 4) {}
 
+  // The asynchronous dk and dv of a window have no register left for `lane`.
+  __device__ __forceinline__ int current_lane() const {
+    return kWindowed && Engine::kIsAsync && kReverse ? ptx::lane_id() : lane;
+  }
   __device__ __forceinline__ bool with_column_sums() const {
     return kTransposed ? args.normalize != 0 : args.a != 0.f;
   }
@@ -203,7 +229,9 @@ struct ScanWarpgroup {
   __device__ __forceinline__ float* token_array(int which) const {
     return &shared_at<float>(places.tokens + which * kTokenArrayBytes);
   }
-  __device__ __forceinline__ int source_head(int member) const { return kReverse ? kv_head * group + member : kv_head; }
+  // Heads whose queries are sources.
+  __device__ __forceinline__ int members() const { return kHasSources && kReverse ? args.group : 1; }
+  __device__ __forceinline__ int source_head(int member) const { return kReverse ? kv_head * args.group + member : kv_head; }
   // The chunk of a step, its first token and how many it has.
   static __device__ __forceinline__ int chunk_at(int step, int chunks) { return kReverse ? chunks - 1 - step : step; }
   __device__ __forceinline__ int64_t first_token(int chunk) const {
@@ -211,6 +239,30 @@ struct ScanWarpgroup {
   }
   __device__ __forceinline__ int valid_tokens(int64_t first) const {
     return segment.end - first < kChunk ? static_cast<int>(segment.end - first) : kChunk;
+  }
+  // The first source of tile `tile` of those that the rows from `first` on see; tile 0 is where the window ends.
+  __device__ __forceinline__ int64_t source_token(int64_t first, int tile = 0) const {
+    if (!kWindowed) return first;
+    const int64_t away = args.window - kChunk * tile;
+    return kReverse ? first + away : first - away;
+  }
+  // The sequence's first token, or what follows its last.
+  __device__ __forceinline__ int sequence_end(bool at_end) const {
+    if (args.cu_seqlens == nullptr) return at_end ? static_cast<int>(args.tokens) : 0;
+    return static_cast<int>(sequence_bound(args, segment.sequence + at_end));
+  }
+  // Which of the tokens from `source` on are sources. With a window a row has fewer than 2^31 tokens.
+  __device__ __forceinline__ TileTokens source_tokens(int64_t source) const {
+    if (!kWindowed) return {0, valid_tokens(source)};
+    const int from = static_cast<int>(source);
+    return {min(max(sequence_end(false) - from, 0), kChunk), min(max(sequence_end(true) - from, 0), kChunk)};
+  }
+  // Of tile 0, those that are no further on than the last row: what the state of a sequence ends with.
+  __device__ __forceinline__ TileTokens far_tokens(int64_t first) const {
+    TileTokens tokens = source_tokens(source_token(first));
+    const int valid = valid_tokens(first);
+    if (kWindowed && tokens.end > valid) tokens.end = valid;
+    return tokens;
   }
 
   // First state -> registers.
@@ -255,7 +307,7 @@ struct ScanWarpgroup {
   __device__ __forceinline__ void store_state(float log_decay) {
     if (!kStateOnly && !(kReverse ? segment.is_first : segment.is_last)) return;
     if (kTransposed) return;  // the untransposed kinds see the same state
-    const bool is_writer = kStateOnly || kReverse || head % (args.num_heads / args.num_kv_heads) == 0;
+    const bool is_writer = kStateOnly || kReverse || head % args.group == 0;
     if (!is_writer) return;
     const hf_linattn_state& to = kStateOnly ? args.carried : args.last;
     const int64_t index = entry_index(!kStateOnly ? segment.sequence : kCausal ? boundary(kReverse) : segment.slot);
@@ -264,6 +316,7 @@ struct ScanWarpgroup {
     float* value_sum = entry(to.value_sum, index, args.value_dim);
     float* weight_sum = entry(to.weight_sum, index, 1);
     const int row_count = args.y.dim, column_count = args.z.dim, pitch = hidden(args.value_dim);
+    const int column0 = hidden(this->column0);  // what load_state has formed of it occupies no register until now
     if (kv != nullptr) {
 #pragma unroll
       for (int m = 0; m < kStateTiles; ++m) {
@@ -344,28 +397,32 @@ struct ScanWarpgroup {
   }
 
   // What this thread wrote to shared memory, an asynchronous engine may read.
-  __device__ __forceinline__ void publish_to_engine() {
+  __device__ __forceinline__ void publish_to_engine() const {
 #if HF_LINATTN_HAS_SM90
     if (Engine::kIsAsync) ptx::fence_proxy_async();
 #endif
   }
 
+  // With a window `den` holds the quotient itself, of one denominator for both parts.
+  static __device__ __forceinline__ float inverse_den(float den) { return kWindowed ? den : 1.f / guarded(den); }
+
   // Numbers of the tokens of a chunk; all loads of a chunk are under way while the one before is worked on.
   __device__ __forceinline__ void load_tokens(TokenInputs& in, int chunk, int member) {
-    const int batch = hidden(segment.batch), kv_head = hidden(this->kv_head);
-    const int64_t first = segment.begin + static_cast<int64_t>(hidden(chunk)) * kChunk;
+    const int batch = hidden(segment.batch), kv_head = hidden(this->kv_head), lane = current_lane();
+    const int64_t first = segment.begin + static_cast<int64_t>(hidden(chunk)) * kChunk, first_source = source_token(first);
+    const TileTokens inside = far_tokens(first);
     const int64_t source = (static_cast<int64_t>(batch) * args.num_heads + source_head(member)) * args.tokens;
     const bool with_den = kReverse && args.normalize;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t token = first + 2 * lane + i;
-      const bool is_valid = token < segment.end;
+      const int64_t token = first_source + 2 * lane + i, key = kReverse ? first + 2 * lane + i : token;
+      const bool is_source = inside.has(2 * lane + i), is_key = kReverse ? key < segment.end : is_source;
       in.g[i] = 0.f;
-      if (kDecay && is_valid && args.g != nullptr) {
-        in.g[i] = args.g[batch * args.g_batch_stride + token * args.g_token_stride + kv_head * args.g_head_stride];
+      if (kDecay && is_key && args.g != nullptr) {
+        in.g[i] = args.g[batch * args.g_batch_stride + key * args.g_token_stride + kv_head * args.g_head_stride];
       }
-      in.den[i] = with_den && is_valid ? args.den[source + token] : 1.f;
-      in.along[i] = with_den && is_valid ? args.along[source + token] : 0.f;
+      in.den[i] = with_den && is_source ? args.den[source + token] : 1.f;
+      in.along[i] = with_den && is_source ? args.along[source + token] : 0.f;
       in.row_den[i] = 1.f;
       in.row_along[i] = 0.f;
       if (kRowConstant && args.normalize) {
@@ -379,14 +436,15 @@ struct ScanWarpgroup {
   }
 
   // Without decay every token of a full chunk counts the same.
-  __device__ __forceinline__ bool with_token_arrays(int valid) const {
-    return kDecay || kReverse || with_column_sums() || valid < kChunk;
+  __device__ __forceinline__ bool with_token_arrays(const TileTokens& sources) const {
+    return kDecay || kReverse || with_column_sums() || !sources.is_whole();
   }
 
   // Token numbers -> this warp's arrays, those of rows, of the state or both. Returns the log2 decay over the chunk.
   template <bool kOfRows, bool kOfState>
-  __device__ __forceinline__ float publish_tokens(const TokenInputs& in, int valid) {
+  __device__ __forceinline__ float publish_tokens(const TokenInputs& in, const TileTokens& sources) {
     float log_decay[2] = {0.f, 0.f}, total = 0.f;
+    const int lane = current_lane();
     __syncwarp();  // the arrays of the chunk before are read
     if (kDecay) {
       const float a = fmaxf(in.g[0], kSmallestLogDecay) * kLog2E, b = fmaxf(in.g[1], kSmallestLogDecay) * kLog2E;
@@ -405,17 +463,17 @@ struct ScanWarpgroup {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = 2 * lane + i;
-      const bool is_valid = token < valid;
+      const bool is_source = sources.has(token);
       const float up_to = kReverse ? total - log_decay[i] : log_decay[i];  // decay that a row here has seen
       const float from_here = kDecay ? exp2f(total - up_to) : 1.f;
       float factor = 1.f, offset = 1.f, extra = 1.f;
       if (kReverse) {
-        const float inverse = args.normalize ? 1.f / guarded(in.den[i]) : 1.f;
+        const float inverse = args.normalize ? inverse_den(in.den[i]) : 1.f;
         factor = args.b * inverse;
         offset = kTransposed ? -args.b * inverse * in.along[i] : args.a * inverse;
         extra = -in.along[i];
       }
-      if (!is_valid) factor = offset = 0.f;
+      if (!is_source) factor = offset = 0.f;
       if (kOfRows && kDecay) token_array(kLogDecay)[token] = up_to;
       if (kOfRows && kReverse) {
         token_array(kScoreFactor)[token] = factor;
@@ -428,7 +486,7 @@ struct ScanWarpgroup {
       }
       added += offset * from_here * extra;
     }
-    if (kOfState && kExtra && !kRowConstant && with_column_sums()) {
+    if (kOfState && kExtra && kCountsTokens && with_column_sums()) {
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2) added += __shfl_xor_sync(0xffffffffu, added, distance);
       added_count = added;
@@ -506,12 +564,11 @@ struct ScanWarpgroup {
       for (int i = 0; i < kCols / 2; ++i) o[i] += constant[i / 2 % 2] * sums[state_column(i)];
     }
     if (reads_extra()) {
-      const float before = kRowConstant ? 0.f : shared_at<float>(places.sums + kCount);
-      const float constant = t == 0 ? args.a * before : 0.f;
+      const float before = t == 0 && kCountsTokens ? shared_at<float>(places.sums + kCount) : 0.f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (!kRowConstant) rows.extra[i] *= args.b;
-        if (i % 2 == 0) rows.extra[i] += constant;
+        if (i % 2 == 0) rows.extra[i] += before * (kRowConstant ? -rows.along[i / 2] : args.a);
         if (kDecay) rows.extra[i] *= rows.factor[i / 2];
       }
     }
@@ -523,14 +580,15 @@ struct ScanWarpgroup {
 
   // o += the part of this chunk's sources, for an engine that is not asynchronous: a few columns of scores at a time.
   template <int kSize>
-  __device__ __forceinline__ void add_sources(RowSums& rows, FragmentA (&x)[kSize], const StageTiles& stage, int valid) {
+  __device__ __forceinline__ void add_sources(RowSums& rows, FragmentA (&x)[kSize], const StageTiles& stage,
+                                              const TileTokens& sources) {
     constexpr int kScores = Engine::kScoreColumns;
 #pragma unroll 1
     for (int first = 0; first < kChunk; first += kScores) {
       float p[kScores / 2];
       Engine::start(p);
       add_scores<kScores>(p, x, stage, first, 0);
-      add_weighted<kScores>(rows, p, stage, first, valid);
+      add_weighted<kScores>(rows, p, stage, first, sources);
     }
   }
 
@@ -549,17 +607,18 @@ struct ScanWarpgroup {
   // o += z of these sources, weighed by their scores p.
   template <int kScores>
   __device__ __forceinline__ void add_weighted(RowSums& rows, const float (&p)[kScores / 2], const StageTiles& stage,
-                                               int first, int valid) {
+                                               int first, const TileTokens& sources) {
 #pragma unroll
     for (int k = 0; k < kScores / 16; ++k) {
-      const FragmentA weights = weigh(p, k, first + 16 * k, rows, valid);
+      const FragmentA weights = weigh(p, k, first + 16 * k, rows, sources);
       Engine::template gemm_kn<kCols, ZTile>(rows.o, weights, stage.z, first + 16 * k, true);
     }
   }
 
   // Columns 16k .. 16k+15 of p, the scores of sources source .. source+15 -> masked, decayed weights as a fragment.
   template <int kSize>
-  __device__ __forceinline__ FragmentA weigh(const float (&p)[kSize], int k, int source, RowSums& rows, int valid) {
+  __device__ __forceinline__ FragmentA weigh(const float (&p)[kSize], int k, int source, RowSums& rows,
+                                             const TileTokens& sources) {
     float v[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
     const int first_row = 16 * warp;
     if (kReverse ? source >= first_row : source <= first_row) {  // else all of them are on the wrong side of these rows
@@ -573,11 +632,12 @@ struct ScanWarpgroup {
         if (kDecay) weight *= exp2f(token_array(kLogDecay)[row] - token_array(kLogDecay)[column]);
         v[i] = weight;
       }
-      if (source == first_row || valid < kChunk) {
+      if (source == first_row || !sources.is_whole()) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int row = first_row + g + i / 2 % 2 * 8, column = source + 2 * t + i / 4 * 8 + i % 2;
-          if (kReverse ? column < row || column >= valid : column > row) v[i] = 0.f;
+          if (kReverse ? column < row || column >= sources.end : column > row) v[i] = 0.f;
+          if (kWindowed && column < sources.begin) v[i] = 0.f;
         }
       }
       if (kReadsExtra) {
@@ -652,10 +712,12 @@ struct ScanWarpgroup {
 
   // The extra column of row i of this thread's two, summed over the four lanes that share the row.
   __device__ __forceinline__ float extra_sum(const RowSums& rows, int i) const {
-    float value = rows.extra[2 * i] + rows.extra[2 * i + 1] + rows.weights[i];
-    value += __shfl_xor_sync(0xffffffffu, value, 1);
-    value += __shfl_xor_sync(0xffffffffu, value, 2);
+    const float value = sum_over_row(rows.extra[2 * i] + rows.extra[2 * i + 1] + rows.weights[i]);
     return kRowConstant ? args.a * value : value;
+  }
+  static __device__ __forceinline__ float sum_over_row(float value) {
+    value += __shfl_xor_sync(0xffffffffu, value, 1);
+    return value + __shfl_xor_sync(0xffffffffu, value, 2);
   }
 
   // Fragment B of the extra column for tokens 16k .. 16k+15, in two parts.
@@ -693,7 +755,7 @@ struct ScanWarpgroup {
   __device__ __forceinline__ void load_update(FragmentA& y, uint32_t y_tile, int m, int k) {
     Engine::template load_a_transposed<XTile>(y, y_tile, 64 * m + 16 * warp, 16 * k);
     if constexpr (kDecay || kReverse) {
-      const float* factors = token_array(kStateFactor) + 16 * k + 2 * t;
+      const float* factors = token_array(kStateFactor) + 16 * k + 2 * (kWindowed || kRowConstant ? hidden(t) : t);
       const float factor[4] = {factors[0], factors[1], factors[8], factors[9]};
       Engine::scale_columns(y, Engine::pack_factors(factor));
     }
@@ -796,17 +858,154 @@ struct ScanWarpgroup {
         if (kSumsApart) add_to(column_sums[n], apart);
       }
     }
-    if (kExtra && !kRowConstant) count += added_count;
+    if (kExtra && kCountsTokens) count += added_count;
   }
 
-  // Rows beyond the segment belong to others and may hold anything: zero times NaN must not reach a product.
+  // Rows of a tile that are not `valid` -> zeros, by one warp.
   template <class Layout, int kWidth>
-  __device__ __forceinline__ void clear_rows(uint32_t tile, int valid) {
+  __device__ __forceinline__ void clear_rows(uint32_t tile, const TileTokens& valid) const {
     constexpr int kUnits = kWidth / 8;  // of 16 bytes in a row
-    for (int i = threadIdx.x % kWarpgroupThreads + valid * kUnits; i < kChunk * kUnits; i += kWarpgroupThreads) {
-      shared_at<float4>(tile + Layout::offset(i / kUnits, i % kUnits * 8)) = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+    for (int i = lane; i < kChunk * kUnits; i += 32) {
+      if (!valid.has(i / kUnits)) {
+        shared_at<float4>(tile + Layout::offset(i / kUnits, i % kUnits * 8)) = make_float4(0.f, 0.f, 0.f, 0.f);
+      }
     }
-    publish_to_engine();
+  }
+
+  // What the far keys gave, relative to the log of its sum: the start of a softmax that goes on with the window's keys.
+  __device__ __forceinline__ void start_window(RowSums& rows) {
+    if constexpr (kKind == ScanKind::kOutput) {
+      const float log_scale = args.log_scale == nullptr ? 0.f : args.log_scale[hidden(head)] * kLog2E;
+      float factor[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float den = extra_sum(rows, i);
+        const bool has_far = den > kSmallestFloat;
+        rows.peak[i] = has_far ? log2f(den) + log_scale : -INFINITY;
+        rows.sum[i] = has_far && t == 0 ? 1.f : 0.f;
+        factor[i] = has_far ? 1.f / den : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < kCols / 2; ++i) rows.o[i] *= factor[i / 2 % 2];
+    }
+  }
+
+  // L of sources 2 lane and 2 lane + 1 of a tile, for the rows of keys; in units of log2.
+  __device__ __forceinline__ void load_lse(float (&lse)[2], int64_t first_source, const TileTokens& sources, int member) {
+    if constexpr (kKind == ScanKind::kValueGrad) {
+      const int lane = current_lane();
+      const int64_t at = (static_cast<int64_t>(hidden(segment.batch)) * args.num_heads + source_head(member)) * args.tokens;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        lse[i] = sources.has(2 * lane + i) ? args.lse[at + first_source + 2 * lane + i] * kLog2E : 0.f;
+      }
+    }
+  }
+  __device__ __forceinline__ void publish_lse(const float (&lse)[2]) {
+    if constexpr (kKind == ScanKind::kValueGrad) {
+      const int lane = current_lane();
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) token_array(kScoreFactor)[2 * lane + i] = lse[i];
+      __syncwarp();
+    }
+  }
+
+  // p, products of this warp's rows with sources source .. source + 2 kSize - 1 of tile `tile`, -> weights of a softmax. The
+  // sums of kOutput become relative to a peak that holds for these weights too; those of kValueGrad are relative to L.
+  template <int kSize>
+  __device__ __forceinline__ void weigh_window(float (&p)[kSize], RowSums& rows, FragmentA (&weights)[kSize / 8], int source,
+                                               int tile, int64_t first, const TileTokens& sources) {
+    const float to_log2 = args.softmax_scale * kLog2E;
+    if (args.softcap == 0.f) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) p[i] *= to_log2;
+    } else {
+      const float inward = 2.f * to_log2 / args.softcap, cap = args.softcap * kLog2E;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) p[i] = cap - __fdividef(2.f * cap, 1.f + exp2f(p[i] * inward));  // cap tanh(s / cap)
+    }
+    const bool is_between = tile > 0 && kChunk * (tile + 1) <= args.window + 1;  // inside the window, whatever the row
+    if (!is_between || !sources.is_whole() || args.key_valid != nullptr) {
+      const int first_row = 16 * warp + g, first_column = source + 2 * t;
+      // From the token that has just left the window (kReverse: of which this key has) to the source.
+      const int first_key = static_cast<int>(kReverse ? first : source_token(first, tile)) +
+                            (kReverse ? first_row : first_column);
+      const int from_edge = kChunk * tile + (kReverse ? first_row - first_column : first_column - first_row);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const int down = i / 2 % 2 * 8, right = i / 4 * 8 + i % 2;
+        const int distance = from_edge + (kReverse ? down - right : right - down);
+        const bool is_inside = distance > 0 && distance <= args.window && sources.has(first_column + right);
+        if (!is_inside || is_hidden(first_key + (kReverse ? down : right), distance)) p[i] = -INFINITY;
+      }
+    }
+    if constexpr (kKind == ScanKind::kOutput) {
+      float peak[2] = {rows.peak[0], rows.peak[1]}, factor[2];
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) peak[i / 2 % 2] = fmaxf(peak[i / 2 % 2], p[i]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        peak[i] = fmaxf(peak[i], __shfl_xor_sync(0xffffffffu, peak[i], 1));
+        peak[i] = fmaxf(peak[i], __shfl_xor_sync(0xffffffffu, peak[i], 2));
+        const float shift = peak[i] == -INFINITY ? 0.f : peak[i];
+        factor[i] = exp2f(rows.peak[i] - shift);
+        rows.sum[i] *= factor[i];
+        rows.peak[i] = peak[i];
+        peak[i] = shift;
+      }
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        p[i] = exp2f(p[i] - peak[i / 2 % 2]);
+        rows.sum[i / 2 % 2] += p[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kCols / 2; ++i) rows.o[i] *= factor[i / 2 % 2];
+    } else {
+      const float* lse = token_array(kScoreFactor) + source + 2 * t;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) p[i] = exp2f(p[i] - lse[i / 4 * 8 + i % 2]);
+    }
+#pragma unroll
+    for (int k = 0; k < kSize / 8; ++k) {
+      weights[k] = Engine::pack_a(reinterpret_cast<const float(&)[8]>(p[8 * k]));
+    }
+  }
+  // o += the softmax part of a tile, for an engine that is not asynchronous: a few columns of scores at a time.
+  __device__ __forceinline__ void add_window(RowSums& rows, const StageTiles& stage, int tile, int64_t first,
+                                             const TileTokens& sources) {
+    constexpr int kScores = kRows > 64 && Engine::kScoreColumns == 32 ? 16 : Engine::kScoreColumns;  // of wide tiles in tf32
+#pragma unroll 1
+    for (int source = 0; source < kChunk; source += kScores) {
+      FragmentA x[1], weights[kScores / 16];
+      float p[kScores / 2];
+      Engine::start(p);
+      add_scores<kScores>(p, x, stage, source, 0);
+      weigh_window(p, rows, weights, source, tile, first, sources);
+#pragma unroll
+      for (int k = 0; k < kScores / 16; ++k) {
+        Engine::template gemm_kn<kCols, ZTile>(rows.o, weights[k], Engine::operand(stage.z), source + 16 * k, true);
+      }
+    }
+  }
+  // A key that is no key but for the query at its own place.
+  __device__ __forceinline__ bool is_hidden(int key, int distance) const {
+    if (args.key_valid == nullptr || distance == args.window) return false;
+    return args.key_valid[segment.batch * args.tokens + key] == 0;
+  }
+
+  // The window's tiles of up to two neighbouring chunks of rows, the first from token `first` on; the second chunk sees the
+  // tiles that come one later. Those before `begin` and from `end` on hold no source, but for one that may bring rows.
+  struct WindowTiles {
+    int begin, end;
+  };
+  __device__ __forceinline__ WindowTiles window_tiles_of(int64_t first, int chunks) const {
+    const int source = static_cast<int>(source_token(first));
+    const int before = kReverse ? source - sequence_end(true) : sequence_end(false) - source;
+    const int until = kReverse ? source + kChunk - sequence_end(false) : sequence_end(true) - source;
+    const int skipped = before < 0 ? 0 : before / kChunk + kReverse;
+    return {max(skipped - 1, 0), min((until + kChunk - 1) / kChunk, window_tiles(args.window) + chunks - 1)};
   }
 
   __device__ __forceinline__ void write_output(const RowSums& rows, int64_t first, int valid) {
@@ -817,17 +1016,20 @@ struct ScanWarpgroup {
     for (int i = 0; i < 2; ++i) {
       const int row = first_row + 8 * i;
       if (!kProjects && reads_extra()) {
-        extra[i] = extra_sum(rows, i);
+        extra[i] = kHasWindow ? sum_over_row(rows.sum[i]) : extra_sum(rows, i);
         if (kKind == ScanKind::kOutput) {
-          row_scale[i] = 1.f / guarded(extra[i]);
+          row_scale[i] = 1.f / (kHasWindow ? extra[i] : guarded(extra[i]));
           const int64_t at = (static_cast<int64_t>(batch) * args.num_heads + head) * args.tokens + first + row;
-          if (column0 == 0 && t == 0 && row < valid) args.den[at] = extra[i];
+          if (column0 == 0 && t == 0 && row < valid) {
+            args.den[at] = kHasWindow ? (rows.peak[i] + log2f(extra[i])) / kLog2E : extra[i];
+          }
         }
       }
-      if (kRowConstant) row_scale[i] = args.normalize ? args.b / guarded(rows.den[i]) : args.b;
+      if (kRowConstant) row_scale[i] = args.normalize ? args.b * inverse_den(rows.den[i]) : args.b;
     }
     if constexpr (kRowConstant && !kProjects) {
-      if (args.extra_out != nullptr) return write_column_terms(o, extra, first, valid);
+      if (args.extra_out != nullptr) write_column_terms(rows, extra, first, valid);
+      if (args.out.data == nullptr) return;
     }
     Element* base = static_cast<Element*>(args.out.data) + batch * args.out.batch_stride +
                     head * args.out.head_stride + first * args.out.token_stride + column0;
@@ -835,11 +1037,12 @@ struct ScanWarpgroup {
     write_rows(static_cast<Element*>(base), o, row_scale, valid, columns);
   }
 
-  // In place of dq: do.o times the denominator, this warpgroup's columns of q . o, and with the first the extra column.
-  __device__ __forceinline__ void write_column_terms(const float (&o)[kCols / 2], const float (&extra)[2], int64_t first,
-                                                     int valid) {
+  // q . dq over this warpgroup's columns, and with the first the extra column. Before do.o is known (dq is not wanted then):
+  // do.o times the denominator. With a window: the gradient of log_scale.
+  __device__ __forceinline__ void write_column_terms(const RowSums& rows, const float (&extra)[2], int64_t first, int valid) {
+    const float(&o)[kCols / 2] = rows.o;
     const int units = column_units(args.z.dim);
-    const int64_t rows = static_cast<int64_t>(args.cu_seqlens == nullptr ? args.num_sequences : 1) * args.num_heads;
+    const int64_t all_rows = static_cast<int64_t>(args.cu_seqlens == nullptr ? args.num_sequences : 1) * args.num_heads;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t token = first + hidden(16 * warp + g + 8 * i);
@@ -856,12 +1059,13 @@ struct ScanWarpgroup {
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       sum *= args.b;
       if (column0 == 0) sum += extra[i];
+      if (kWindowed) sum *= inverse_den(rows.den[i]);
       if (t != 0 || !is_inside) continue;
 #pragma unroll
       for (int covered = 0; covered < kCols / kColumnUnit; ++covered) {
         const int unit = column0 / kColumnUnit + covered;
         if (unit >= units) continue;
-        const int64_t row = unit * rows + static_cast<int64_t>(segment.batch) * args.num_heads + head;
+        const int64_t row = unit * all_rows + static_cast<int64_t>(segment.batch) * args.num_heads + head;
         args.extra_out[row * args.tokens + token] = covered == 0 ? sum : 0.f;
       }
     }
@@ -937,7 +1141,7 @@ struct ScanWarpgroup {
   // Boundaries are counted over all sequences: one less than slots in each.
   __device__ __forceinline__ int boundary(bool before) const { return segment.slot - segment.sequence - (before ? 1 : 0); }
   __device__ __forceinline__ int64_t entry_index(int item) const {
-    return static_cast<int64_t>(item) * args.num_kv_heads + kv_head;
+    return static_cast<int64_t>(hidden(item)) * args.num_kv_heads + kv_head;
   }
 
   float added_count = 0.f;  // to count, by the chunk in work

@@ -1,31 +1,15 @@
 // One token for every sequence: kv = decay kv + k v^T, o = (a value_sum + b q.kv) / den, the state updated in place.
 //
-// Bound by the state's bytes: a thread holds a few 16-byte pieces of rows of kv, decays them, adds the token, writes
-// them back and multiplies them by q while they are in registers. A block takes one kv head (or some of its value
-// columns) and all query heads that read it, so that the state moves once whatever the group is. With groups of more
-// than kMaxHeads, a block reads its part again, out of the L2 cache.
-//
-// Few sequences do not fill the GPU, so the columns of a head are split over blocks then. Each of them needs the whole
-// new key_sum for the denominator; only one may write it, and not before the last of the others has read the old one.
-// The blocks of a head are therefore one cluster: they arrive at its barrier once they have read, and the first writes
-// when all have. Without clusters (before sm_90) heads whose key_sum is read are not split.
-#include <math.h>
-
-#include <type_traits>
-
-#include "launch.cuh"
-#include "ptx.cuh"
+// A thread decays the rows of kv that it holds, adds the token, writes them back and multiplies them by q while they
+// are in registers. Each block of a split head needs the whole new key_sum for the denominator, and one writes it. How
+// the state is divided and heads are split: step.cuh.
+#include "step.cuh"
 
 namespace hf_linattn {
 namespace {
 
-constexpr int kMaxDim = 256, kMaxHeads = 8, kMaxThreads = 512, kFullThreads = 256, kWarp = 32;
-constexpr int kRowsInFlight = 4;    // 16-byte loads of one thread before the first use
-constexpr int kMinColumns = 32;     // of a split head: whole 128-byte lines
-constexpr int kMaxCluster = 8;      // the largest size that needs no opt-in
 constexpr float kDenominatorEps = 1e-6f;
 constexpr float kNormEps = 1e-12f;  // of the l2 map: torch.nn.functional.normalize's
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ float load_input(const void* data, int64_t i, int dtype) {
   if (dtype == HF_LINATTN_BF16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
@@ -42,12 +26,6 @@ __device__ __forceinline__ void store_output(void* data, int64_t i, float x, int
     static_cast<float*>(data)[i] = x;
 }
 
-__device__ __forceinline__ float sum_over_warp(float x) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  return x;
-}
-
 // The maps that act on one element; l2 follows when all of a vector is there.
 __device__ __forceinline__ float map_element(float x, int map) {
   if (map == HF_LINATTN_MAP_ELU) return x > 0 ? x + 1 : expf(x);
@@ -61,56 +39,6 @@ __device__ __forceinline__ void normalize_vector(float* x, int stride, int dim) 
   for (int r = lane; r < dim; r += kWarp) square += x[r * stride] * x[r * stride];
   const float scale = 1 / fmaxf(sqrtf(sum_over_warp(square)), kNormEps);
   for (int r = lane; r < dim; r += kWarp) x[r * stride] *= scale;
-}
-
-template <int kVector>
-__device__ __forceinline__ void load_vector(float (&x)[kVector], const float* p) {
-  if constexpr (kVector == 4) {
-    const float4 y = *reinterpret_cast<const float4*>(p);
-    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
-  } else {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) x[j] = p[j];
-  }
-}
-
-template <int kVector>
-__device__ __forceinline__ void store_vector(float* p, const float (&x)[kVector]) {
-  if constexpr (kVector == 4) {
-    *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) p[j] = x[j];
-  }
-}
-
-// Empty without clusters, and where the code is not compiled for them.
-template <bool kClusters>
-__device__ __forceinline__ void arrive_at_cluster() {
-#if HF_LINATTN_HAS_SM90
-  if constexpr (kClusters) ptx::cluster_arrive();
-#endif
-}
-
-template <bool kClusters>
-__device__ __forceinline__ void wait_for_cluster() {
-#if HF_LINATTN_HAS_SM90
-  if constexpr (kClusters) ptx::cluster_wait();
-#endif
-}
-
-// How threads divide the block's part of kv: neighbours hold neighbouring columns, rows go round the row lanes.
-struct Lanes {
-  int vectors;       // accesses of one row
-  int row_lanes;     // rows held at a time
-  bool folds;        // a warp holds several whole rows, and sums over them by shuffles
-  int partial_rows;  // sums left to be added through shared memory
-};
-
-__host__ __device__ inline Lanes divide_threads(int threads, int vectors, int feature_dim) {
-  const int row_lanes = threads / vectors < feature_dim ? threads / vectors : feature_dim;
-  const bool folds = vectors < kWarp && kWarp % vectors == 0;
-  return {vectors, row_lanes, folds, folds ? threads / kWarp : row_lanes};
 }
 
 // Parts of shared memory, all float.
@@ -151,19 +79,10 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads == 1 ? 2 : 1)
     const int first_column = slice * slice_columns, columns = min(slice_columns, p.value_dim - first_column);
 
     const Lanes lanes = divide_threads(threads, columns / kVector, feature_dim);
-    const int row_lanes = lanes.row_lanes, row_lane = thread / lanes.vectors;
-    const int column = thread % lanes.vectors * kVector;
-    const int first_row = row_lane < row_lanes ? row_lane : feature_dim;
-    float* const kv = p.state.kv + state_row * feature_dim * p.value_dim + first_column + column;
-    float rows[kRowsInFlight][kVector];
-    const auto load_rows = [&](int from) {
-#pragma unroll
-      for (int i = 0; i < kRowsInFlight; ++i) {
-        const int r = from + i * row_lanes;
-        if (r < feature_dim) load_vector(rows[i], kv + r * p.value_dim);
-      }
-    };
-    load_rows(first_row);  // under way while q, k and v are read
+    const int row_lane = thread / lanes.vectors, column = thread % lanes.vectors * kVector;
+    StateRows<kVector> state = {p.state.kv + state_row * feature_dim * p.value_dim + first_column + column, feature_dim,
+                                p.value_dim, row_lane < lanes.row_lanes ? row_lane : feature_dim, lanes.row_lanes};
+    state.load(state.first_row);  // under way while q, k and v are read
 
     const float decay = p.g == nullptr ? 1.f : expf(p.g[batch * p.g_batch_stride + kv_head * p.g_head_stride]);
     const int64_t k_offset = batch * p.k_batch_stride + kv_head * p.k_head_stride;
@@ -212,44 +131,13 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads == 1 ? 2 : 1)
 
       float v[kVector], sums[kHeads][kVector] = {};
       load_vector(v, values + column);
-#pragma unroll 1
-      for (int from = first_row; from < feature_dim; from += kRowsInFlight * row_lanes) {
-        if (!is_first_pass || from != first_row) load_rows(from);
-#pragma unroll
-        for (int i = 0; i < kRowsInFlight; ++i) {
-          const int r = from + i * row_lanes;
-          if (r >= feature_dim) break;
-          if (is_first_pass) {
-            const float k = keys[r];
-#pragma unroll
-            for (int j = 0; j < kVector; ++j) rows[i][j] = decay * rows[i][j] + k * v[j];
-            store_vector(kv + r * p.value_dim, rows[i]);
-          }
-#pragma unroll
-          for (int h = 0; h < kHeads; ++h) {
-            const float q = features[r * kHeads + h];
-#pragma unroll
-            for (int j = 0; j < kVector; ++j) sums[h][j] += q * rows[i][j];
-          }
-        }
-      }
-      if (lanes.folds)
-        for (int distance = lanes.vectors; distance < kWarp; distance *= 2)
-#pragma unroll
-          for (int h = 0; h < kHeads; ++h)
-#pragma unroll
-            for (int j = 0; j < kVector; ++j) sums[h][j] += __shfl_xor_sync(kAllLanes, sums[h][j], distance);
-      const int partial_row = lanes.folds ? warp : row_lane;
-      if (lanes.folds ? lane < lanes.vectors : row_lane < row_lanes)
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) store_vector(partial + (partial_row * kHeads + h) * columns + column, sums[h]);
+      state.multiply(sums, features, is_first_pass, decay, keys, v);
+      store_partial(partial, sums, lanes, columns);
       __syncthreads();
 
       for (int i = thread; i < heads * columns; i += threads) {
         const int h = i / columns, c = i % columns;
-        float o = 0;
-        for (int l = 0; l < lanes.partial_rows; ++l) o += partial[(l * kHeads + h) * columns + c];
-        o *= p.b;
+        float o = p.b * sum_partial<kHeads>(partial, lanes, columns, h, c);
         if (p.state.value_sum != nullptr) o += p.a * value_sum[c];
         if (p.normalize) o /= denominators[h];
         const int64_t row = static_cast<int64_t>(batch) * p.num_heads + head + h;
@@ -267,66 +155,18 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads == 1 ? 2 : 1)
   }
 }
 
-struct StepShape {
-  int slices, slice_columns, threads;
-  bool clusters;
-};
-
-using StepKernel = void (*)(hf_linattn_step_problem, int, int);
-
-// Blocks of one head: as few as fill the GPU, of columns that are whole lines.
-StepShape choose_shape(const hf_linattn_step_problem& p, int vector, bool has_clusters) {
-  const int64_t heads = static_cast<int64_t>(p.batch) * p.num_kv_heads, processors = multiprocessor_count();
-  const bool key_sum_is_shared = p.normalize != 0;
-  StepShape shape = {1, 0, 0, false};
-  if (!key_sum_is_shared || has_clusters)
-    while (heads * shape.slices < processors && shape.slices < kMaxCluster &&
-           p.value_dim >= 2 * shape.slices * kMinColumns)
-      shape.slices *= 2;
-  const auto round_up = [](int x, int unit) { return (x + unit - 1) / unit * unit; };
-  shape.slice_columns = round_up((p.value_dim + shape.slices - 1) / shape.slices, vector);
-  shape.clusters = key_sum_is_shared && shape.slices > 1;
-  // A thread has kRowsInFlight accesses, fewer where blocks are too few to hide one another's latency.
-  const int accesses = p.feature_dim * (shape.slice_columns / vector);
-  const bool is_full = heads * shape.slices >= 2 * processors;
-  const int wanted = round_up(accesses / (is_full ? kRowsInFlight : kRowsInFlight / 2), kWarp);
-  const int least = round_up(shape.slice_columns / vector, kWarp);  // every column has a thread
-  const int most = is_full ? kFullThreads : kMaxThreads;
-  shape.threads = max(least, min(max(wanted, 2 * kWarp), most));
-  return shape;
-}
-
 struct StepLaunch {
-  StepKernel kernel;
+  void (*kernel)(hf_linattn_step_problem, int, int);
   size_t smem_bytes;
 };
 
 template <int kVector, bool kClusters>
 StepLaunch choose_kernel(const hf_linattn_step_problem& p, const StepShape& shape) {
-  const auto smem_bytes = [&](auto smem, int columns) {
-    return decltype(smem)::bytes(divide_threads(shape.threads, columns / kVector, p.feature_dim), columns);
-  };
-  const auto with = [&](auto heads) -> StepLaunch {
+  return with_heads(p.num_heads / p.num_kv_heads, [&](auto heads) -> StepLaunch {
     constexpr int kHeads = decltype(heads)::value;
-    // The last slice has fewer columns, and may need more for it: its warps may not fold.
-    const size_t all = smem_bytes(StepSmem<kHeads>(), shape.slice_columns);
-    const size_t last = smem_bytes(StepSmem<kHeads>(), p.value_dim - (shape.slices - 1) * shape.slice_columns);
-    return {linear_attention_step_kernel<kHeads, kVector, kClusters>, all > last ? all : last};
-  };
-  const int group = p.num_heads / p.num_kv_heads;
-  if (group == 1) return with(std::integral_constant<int, 1>());
-  if (group == 2) return with(std::integral_constant<int, 2>());
-  if (group <= 4) return with(std::integral_constant<int, 4>());
-  return with(std::integral_constant<int, kMaxHeads>());
-}
-
-// Whether this device has clusters and this library was built to use them.
-bool has_clusters() {
-  constexpr int kArchitecture = 90;
-  if (compute_capability() != kArchitecture) return false;
-  const StepKernel kernel = linear_attention_step_kernel<1, 4, true>;
-  static const bool is_compiled = compiled_architecture(kernel) == kArchitecture;
-  return is_compiled;
+    return {linear_attention_step_kernel<kHeads, kVector, kClusters>,
+            largest_smem(shape, p.value_dim, kVector, p.feature_dim, StepSmem<kHeads>::bytes)};
+  });
 }
 
 int check_step(const hf_linattn_step_problem& p) {
@@ -356,16 +196,18 @@ extern "C" int hf_linattn_step(const hf_linattn_step_problem* problem, void* str
   const hf_linattn_step_problem& p = *problem;
   if (p.batch == 0) return 0;
   if (int error = check_step(p)) return error;
-  constexpr int kWide = 4;
+  const int64_t heads = static_cast<int64_t>(p.batch) * p.num_kv_heads;
   const bool is_wide = p.value_dim % kWide == 0 && reinterpret_cast<uintptr_t>(p.state.kv) % 16 == 0;
-  const StepShape shape = choose_shape(p, is_wide ? kWide : 1, has_clusters());
-  const StepLaunch chosen = is_wide ? shape.clusters ? choose_kernel<kWide, true>(p, shape)
-                                                     : choose_kernel<kWide, false>(p, shape)
-                            : shape.clusters ? choose_kernel<1, true>(p, shape)
-                                             : choose_kernel<1, false>(p, shape);
-  const int64_t blocks = static_cast<int64_t>(p.batch) * p.num_kv_heads * shape.slices;
+  const bool shares_key_sum = p.normalize != 0;
+  const bool may_split = !shares_key_sum || has_clusters(linear_attention_step_kernel<1, kWide, true>);
+  const StepShape shape = choose_shape(heads, p.feature_dim, p.value_dim, is_wide ? kWide : 1, may_split);
+  const bool clusters = shares_key_sum && shape.slices > 1;
+  const StepLaunch chosen = is_wide ? clusters ? choose_kernel<kWide, true>(p, shape)
+                                               : choose_kernel<kWide, false>(p, shape)
+                            : clusters ? choose_kernel<1, true>(p, shape)
+                                       : choose_kernel<1, false>(p, shape);
+  const int64_t blocks = heads * shape.slices;
   if (blocks > INT32_MAX) return set_error("linear_attention_step: %lld blocks are too many", (long long)blocks);
-  return launch_clusters(chosen.kernel, dim3(static_cast<unsigned>(blocks)), shape.clusters ? shape.slices : 1,
-                         shape.threads, chosen.smem_bytes, static_cast<cudaStream_t>(stream), p, shape.slices,
-                         shape.slice_columns);
+  return launch_clusters(chosen.kernel, dim3(static_cast<unsigned>(blocks)), clusters ? shape.slices : 1, shape.threads,
+                         chosen.smem_bytes, static_cast<cudaStream_t>(stream), p, shape.slices, shape.slice_columns);
 }

@@ -26,7 +26,6 @@ struct WindowGradientArgs {
   float* delta;
   // [B,H,T], written with dq: e^{log_scale - L}, what a far key's weight is multiplied by; at most 1 / FLT_MIN.
   float* far_weight;
-  float* d_log_scale;            // [B,H,T], written with dq: minus the sum of p_ij (do_i.v_j - delta_i); null: not wanted
 };
 
 // On `stream`; 0 or an error (launch.cuh). The call for dq comes first.

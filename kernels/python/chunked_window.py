@@ -118,6 +118,9 @@ class ChunkedWindowLinearAttention(torch.autograd.Function):
             far_num = layout.from_chunks(far[0], is_query=True)
             far_den = layout.from_chunks(far[1][..., None], is_query=True)
             num, den, peak = _merge_far(num, den, peak, far_num, far_den, log_scale)
+        if cu_seqlens is not None:
+            # Tokens behind the last boundary have no key, not even their own.
+            den = den.masked_fill(den == 0, 1)
         o = num.div_(den).to(q.dtype).contiguous()
         lse = (peak + den.log())[..., 0]
         ctx.save_for_backward(

@@ -13,7 +13,13 @@ COMPILED_LIBRARY = "_hf_linattn_kernels.so"
 LIBRARY_VARIABLE = "HF_LINATTN_LIBRARY"
 CUDA_PATH_VARIABLE = "HF_LINATTN_CUDA_PATH"
 CUDA_PATHS = {"auto": 0, "sm80": 1, "sm90": 2}
-COMPILED_OPS = ("linear_attention", "linear_attention_step")
+# Op: what tells that the library has it.
+COMPILED_OPS = {
+    "linear_attention": "linear_attention_forward",
+    "linear_attention_step": "linear_attention_step",
+    "window_linear_attention": "window_linear_attention_forward",
+    "window_linear_attention_step": "window_linear_attention_step",
+}
 COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of hf_linattn.h
 MIN_CAPABILITY = (8, 0)
 
@@ -43,6 +49,14 @@ def _load_compiled_library() -> str | None:
 
 
 compiled_library_problem = _load_compiled_library()
+_loaded_ops = frozenset(
+    op for op, name in COMPILED_OPS.items() if compiled_library_problem is None and hasattr(torch.ops.hf_linattn, name)
+)
+
+
+def has_compiled_op(op: str) -> bool:
+    """Whether the library is there and has this op: one built from older sources may not."""
+    return op in _loaded_ops
 
 
 def compiled_build_info() -> dict[str, str] | None:
@@ -57,7 +71,12 @@ _compiled_device_type = "cpu" if (compiled_build_info() or {}).get("architecture
 
 
 def compiled_kernels_problem(
-    device: torch.device, dtype: torch.dtype, op: str, feature_dim: int | None = None, value_dim: int | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    op: str,
+    feature_dim: int | None = None,
+    value_dim: int | None = None,
+    head_dim: int | None = None,
 ) -> str | None:
     """Why the compiled kernels do not run `op` here, or None when they do; dimensions left out count as fitting."""
     if op not in COMPILED_OPS:
@@ -66,12 +85,14 @@ def compiled_kernels_problem(
         return f"the compiled kernels need a CUDA device, not {device.type}"
     if compiled_library_problem is not None:
         return compiled_library_problem
+    if not has_compiled_op(op):
+        return f"the compiled kernels are of an older version, without {op}; run `make kernels` again"
     if dtype not in COMPILED_DTYPES:
         return f"the compiled kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
     problem = _compiled_device_problem(device.index) if device.type == "cuda" else None
     if problem is not None:
         return problem
-    for name, dim in (("feature", feature_dim), ("value", value_dim)):
+    for name, dim in (("feature", feature_dim), ("value", value_dim), ("head", head_dim)):
         if dim is None:
             continue
         largest = _largest_compiled_dim(device, dtype, op)
@@ -89,8 +110,9 @@ def _largest_compiled_dim(device: torch.device, dtype: torch.dtype, op: str) -> 
     index = device.index
     if index is None:
         index = torch.cuda.current_device() if device.type == "cuda" else 0
-    is_step = op == "linear_attention_step"
-    return torch.ops.hf_linattn.largest_dim(index, COMPILED_DTYPES.index(dtype), is_step)
+    if op == "window_linear_attention":
+        return torch.ops.hf_linattn.window_largest_dim(index, COMPILED_DTYPES.index(dtype))
+    return torch.ops.hf_linattn.largest_dim(index, COMPILED_DTYPES.index(dtype), op.endswith("_step"))
 
 
 @torch.compiler.assume_constant_result

@@ -35,7 +35,7 @@ def cuda_linear_attention(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, LinearAttentionState | None]:
     """See `hf_linattn.kernels.linear_attention`; arguments are already checked."""
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     if g is not None:
         g = g.float()
     first = [] if initial_state is None else [x.float().contiguous() for x in initial_state if x is not None]
@@ -73,7 +73,7 @@ class CudaLinearAttention(torch.autograd.Function):
         needs_dg, *needs_d_first = ctx.needs_input_grad[5:]
         has_d_final = any(x is not None for x in d_final)
         dq, dk, dv, dg, d_first = _linear_backward(
-            q.new_zeros(*q.shape[:3], v.shape[3]) if d_o is None else _unit_stride(d_o),
+            q.new_zeros(*q.shape[:3], v.shape[3]) if d_o is None else unit_stride(d_o),
             q,
             k,
             v,
@@ -110,9 +110,9 @@ def cuda_linear_attention_step(
         # An op of C++ does not tell autograd what it writes: a backward that saved this state must notice.
         torch.autograd.graph.increment_version([x for x in state if x is not None])
     return _linear_step(
-        _unit_stride(q),
-        _unit_stride(k),
-        _unit_stride(v),
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride(v),
         g if g is None else g.float(),
         *state,
         a,
@@ -127,7 +127,8 @@ def cuda_step_takes(state: LinearAttentionState) -> bool:
     return all(x is None or (x.dtype == torch.float32 and x.is_contiguous()) for x in state)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension, copied only where it has none: the kernels read any other strides."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -158,7 +159,8 @@ def _given_state_gradient(d_final, q, k, v, cu_seqlens, a, normalize):
     ]
 
 
-def _fake_state(is_wanted: bool, q: Tensor, *form) -> list[Tensor]:
+def fake_state(is_wanted: bool, q: Tensor, *form) -> list[Tensor]:
+    """Fake members of a state, none where it is not wanted; `form` as `_member_shapes` has it."""
     return [q.new_empty(shape, dtype=torch.float32) for shape in _member_shapes(q, *form)] if is_wanted else []
 
 
@@ -167,14 +169,14 @@ def _fake_linear_forward(q, k, v, g, initial_state, cu_seqlens, a, b, normalize,
     batch, tokens, heads, _ = q.shape
     o = q.new_empty(batch, tokens, heads, v.shape[3])
     den = q.new_empty((batch, heads, tokens), dtype=torch.float32) if normalize else None
-    return o, den, _fake_state(output_final_state, q, k, v, cu_seqlens, a, normalize)
+    return o, den, fake_state(output_final_state, q, k, v, cu_seqlens, a, normalize)
 
 
 def _fake_linear_backward(d_o, q, k, v, den, g, initial_state, d_final_state, *rest):
     cu_seqlens, a, b, normalize, causal, needs_dg, needs_d_initial_state, path = rest
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dg = q.new_empty(k.shape[:3], dtype=torch.float32) if needs_dg else None
-    return dq, dk, dv, dg, _fake_state(needs_d_initial_state, q, k, v, cu_seqlens, a, normalize)
+    return dq, dk, dv, dg, fake_state(needs_d_initial_state, q, k, v, cu_seqlens, a, normalize)
 
 
 def _fake_linear_step(q, k, v, *rest):

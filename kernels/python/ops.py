@@ -26,6 +26,12 @@ from hf_linattn.kernels.checks import (
 from hf_linattn.kernels.chunked_linear import chunked_linear_attention
 from hf_linattn.kernels.chunked_window import chunked_window_linear_attention
 from hf_linattn.kernels.cuda_linear import cuda_linear_attention, cuda_linear_attention_step, cuda_step_takes
+from hf_linattn.kernels.cuda_window import cuda_window_linear_attention, unsupported_by_cuda_window
+from hf_linattn.kernels.cuda_window_step import (
+    LARGEST_WINDOW,
+    cuda_window_linear_attention_step,
+    cuda_window_step_takes,
+)
 from hf_linattn.kernels.dispatch import BACKEND_VARIABLE, autocast_off, choose_backend, where_grad_is_on
 from hf_linattn.kernels.reference import reference_linear_attention, reference_window_linear_attention
 from hf_linattn.kernels.state import LinearAttentionState, WindowLinearAttentionState
@@ -172,26 +178,23 @@ def window_linear_attention(
     check_window_state(
         "initial_state", initial_state, num_sequences, k, v, phi_k, window=window, a=a, decay=decay is not None
     )
-    chosen = choose_backend("window_linear_attention", q, v, backend)
+    options = {
+        "window": window,
+        "scale": float(scale),
+        "a": float(a),
+        "b": float(b),
+        "softcap": softcap,
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    unsupported = unsupported_by_cuda_window(g, g_gamma, a, initial_state)
+    chosen = choose_backend("window_linear_attention", phi_q, v, backend, q.shape[-1], unsupported)
+    if chosen == "cuda":
+        return cuda_window_linear_attention(q, k, v, phi_q, phi_k, decay, log_scale, **options)
     run = reference_window_linear_attention if chosen == "reference" else chunked_window_linear_attention
     with autocast_off(q.device):
-        return run(
-            q,
-            k,
-            v,
-            phi_q,
-            phi_k,
-            decay,
-            log_scale,
-            window=window,
-            scale=float(scale),
-            a=float(a),
-            b=float(b),
-            softcap=softcap,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-        )
+        return run(q, k, v, phi_q, phi_k, decay, log_scale, **options)
 
 
 @where_grad_is_on(torch.no_grad())
@@ -301,8 +304,14 @@ def window_linear_attention_step(
     window = state.window_k.shape[1]
     check_window_scalars(window, softcap)
     check_window_state("state", state, q.shape[0], k, v, phi_k, window=window, a=a, decay=decay is not None)
-    choose_backend("window_linear_attention_step", q, v, backend)
+    options = {"scale": float(scale), "a": float(a), "b": float(b), "softcap": softcap}
+    if choose_backend("window_linear_attention_step", phi_q, v, backend, q.shape[-1]) == "cuda":
+        if cuda_window_step_takes(state, q.dtype):
+            return cuda_window_linear_attention_step(q, k, v, phi_q, phi_k, decay, state, log_scale, **options)
+        if (backend or os.environ.get(BACKEND_VARIABLE)) == "cuda":
+            raise ValueError(
+                "state: expected contiguous float32 sums and a contiguous ring of the inputs' dtype, at most "
+                f"{LARGEST_WINDOW} slots long, for backend 'cuda'; make them so or use None"
+            )
     with autocast_off(q.device):
-        return recurrent_window_linear_attention_step(
-            q, k, v, phi_q, phi_k, decay, state, log_scale, scale=scale, a=a, b=b, softcap=softcap
-        )
+        return recurrent_window_linear_attention_step(q, k, v, phi_q, phi_k, decay, state, log_scale, **options)

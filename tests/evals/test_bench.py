@@ -52,7 +52,8 @@ def test_rates_follow_from_times(rows):
     for row in rows:
         shape = Shape(*(row[name] for name in "BHND"))
         tensor_ms = math.prod(shape) * 4 / BANDWIDTH * 1e3
-        for kind, tensors, flop in zip(("fwd", "fwd_bwd"), (4, 12), minimal_flop(row["op"], shape), strict=True):
+        moved = (6, 18) if row["impl"] == "chunked-window" else (4, 12)
+        for kind, tensors, flop in zip(("fwd", "fwd_bwd"), moved, minimal_flop(row["op"], shape), strict=True):
             ms = row[f"{kind}_ms"]
             assert 0 < row[f"{kind}_p10_ms"] <= ms <= row[f"{kind}_p90_ms"]
             assert row[f"floor_{kind}_ms"] == pytest.approx(tensors * tensor_ms, rel=1e-3)
@@ -64,6 +65,10 @@ def test_rates_follow_from_times(rows):
 def test_minimal_flop_of_one_head():
     assert minimal_flop("linear_attention", Shape(1, 1, 10, 4)) == (4 * 10 * 16, 14 * 10 * 16)
     assert minimal_flop("softmax_attention", Shape(1, 1, 10, 4)) == (2 * 100 * 4, 7 * 100 * 4)
+    # Ten tokens see 1 to 10 keys of a window of 64; of a hundred, the first 64 see 1 to 64 and the others 64 each.
+    assert minimal_flop("window_linear_attention", Shape(1, 1, 10, 4)) == (4 * 55 * 4, 14 * 55 * 4)
+    work = (64 * 65 // 2 + 36 * 64) * 4 + 36 * 16
+    assert minimal_flop("window_linear_attention", Shape(2, 3, 100, 4)) == (6 * 4 * work, 6 * 14 * work)
 
 
 def test_the_implementations_of_one_form_agree():
@@ -180,7 +185,7 @@ def test_a_gpu_is_measured():
     gpu = torch.device("cuda")
     rows = run_suite("bars", gpu, torch.bfloat16, shapes=[Shape(2, 4, 512, 64)], skip=["fla", "mlstm"])["rows"]
     timed = {row["impl"]: row for row in rows if row["fwd_bwd_ms"]}
-    assert {"ours", "ours-sums", "ours-decay", "chunked", "sdpa-flash"} <= set(timed)
+    assert {"ours", "ours-sums", "ours-decay", "ours-window", "chunked", "sdpa-flash"} <= set(timed)
     assert all(0 < row["fwd_copy_share"] < 1.5 for row in timed.values())
     steps = run_suite("decode", gpu, torch.bfloat16, backends=["ours"])["decode"]
     assert all(row["graph_us"] > 0 for row in steps)

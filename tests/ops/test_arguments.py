@@ -11,7 +11,6 @@ from op_inputs import OpCase, call_op, empty_state, make_inputs
 from hf_linattn.kernels import (
     explain,
     init_state,
-    linear_attention,
     linear_attention_step,
     window_linear_attention_step,
 )
@@ -122,9 +121,13 @@ def test_the_compiled_kernels_run_where_they_can(target, caplog):
     assert "float64" in double[1]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert explain(target.device, dtype, feature_dim=257)[0] == "chunked"
-        assert explain(target.device, dtype, op="linear_attention_step", feature_dim=256, value_dim=256)[0] == "cuda"
-        assert explain(target.device, dtype, op="linear_attention_step", value_dim=257)[0] == "chunked"
-    assert explain(target.device, torch.bfloat16, op="window_linear_attention")[0] == "chunked"
+        for op in ("linear_attention_step", "window_linear_attention_step"):
+            assert explain(target.device, dtype, "cuda", op=op, feature_dim=256, value_dim=256)[0] == "cuda"
+            assert explain(target.device, dtype, op=op, value_dim=257)[0] == "chunked"
+        window = {"op": "window_linear_attention", "value_dim": 64}
+        assert explain(target.device, dtype, "cuda", **window, feature_dim=64, head_dim=64)[0] == "cuda"
+        assert "have not run on a GPU" in explain(target.device, dtype, **window)[1]
+        assert "head dimensions" in explain(target.device, dtype, **window, head_dim=257)[1]
     case = replace(LINEAR, K=260)
     with caplog.at_level(logging.INFO, "hf_linattn.kernels"):
         call_op(case, make_inputs(case, device=target.device), None)
@@ -144,12 +147,13 @@ def test_an_unknown_kernel_path_is_refused(target, monkeypatch):
 
 
 @on("chunked-*", "cuda-cuda")
-def test_autocast_does_not_lower_the_precision(target):
-    inputs = make_inputs(LINEAR, device=target.device)
+@pytest.mark.parametrize("case", [LINEAR, replace(WINDOW, D=64, K=64, V=64, state=True)], ids=str)
+def test_autocast_does_not_lower_the_precision(case, target):
+    inputs = make_inputs(case, device=target.device)
     leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
-    plain = linear_attention(*leaves, backend=target.backend)[0]
+    plain = call_op(case, inputs, target.backend)[0]
     with torch.autocast(target.device, torch.bfloat16):
-        under = linear_attention(*leaves, backend=target.backend)[0]
+        under = call_op(case, inputs, target.backend)[0]
         grads = torch.autograd.grad(under.sum(), leaves)
     assert torch.equal(under, plain)
     for dx, expected in zip(grads, torch.autograd.grad(plain.sum(), leaves), strict=True):

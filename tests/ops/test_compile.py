@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_backends import CAPABILITY, on, pairs, targets
+from op_backends import CAPABILITY, pairs, targets
 from op_inputs import OpCase, call_op, empty_state, make_inputs, output_gradient, run_op
 
-from hf_linattn.kernels import linear_attention, linear_attention_step, window_linear_attention_step
+from hf_linattn.kernels import linear_attention_step, window_linear_attention_step
 
 LINEAR = OpCase(B=1, T=70, decay="scalar", a=0.5)
 WINDOW = OpCase(B=1, T=70, decay="fixed", window=16, softcap=3.0)
@@ -19,12 +19,21 @@ ALL = [
     replace(WINDOW, state=True),
 ]
 HALF = replace(LINEAR, K=64, V=64, dtype=torch.bfloat16, scale=0.1)
+HALF_WINDOW = replace(HALF, D=64, window=16)
 COMPILED = [
     HALF,
     replace(HALF, causal=False, decay=None),
     replace(HALF, state=True),
     replace(HALF, B=1, T=70, lengths=(30, 0, 40), normalize=False),
 ]
+HALF_WINDOW = replace(HALF, D=64, a=0.0, window=16, softcap=3.0, decay_grad=False)
+COMPILED_WINDOW = [
+    HALF_WINDOW,
+    replace(HALF_WINDOW, state=True),
+    replace(HALF_WINDOW, decay=None, a=0.5, log_scale=False),
+    replace(HALF_WINDOW, B=1, T=70, lengths=(30, 0, 40), decay="fixed"),
+]
+LEAVES = ("q", "k", "v", "phi_q", "phi_k", "log_scale")
 
 
 @pytest.fixture(autouse=True)
@@ -34,35 +43,34 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-@pairs((ALL, targets("chunked-cpu")), (COMPILED, targets("cuda-*")))
+@pairs((ALL, targets("chunked-cpu")), (COMPILED + COMPILED_WINDOW, targets("cuda-*")))
 def test_forward_and_backward_are_one_graph(case, target):
     inputs = make_inputs(case, device=target.device)
     expected = run_op(case, inputs, target.backend)
-    leaves = {n: x.clone().requires_grad_(n in ("q", "k", "v")) for n, x in inputs.items()}
+    leaves = {n: x.clone().requires_grad_(n in LEAVES) for n, x in inputs.items()}
     compiled = torch.compile(lambda x: call_op(case, x, target.backend), fullgraph=True, backend="aot_eager")
     o, final = compiled(leaves)
     torch.testing.assert_close(o, expected["o"])
     assert all(x is None or torch.equal(x, expected[f"final.{n}"]) for n, x in zip(final._fields, final, strict=True))
     eager, _ = call_op(case, leaves, target.backend)
-    wanted = [leaves[name] for name in ("q", "k", "v")]
+    wanted = [leaves[name] for name in LEAVES if name in leaves]
     grads, eager_grads = (torch.autograd.grad((x * output_gradient(x)).sum(), wanted) for x in (o, eager))
     for dx, eager_dx in zip(grads, eager_grads, strict=True):
         torch.testing.assert_close(dx, eager_dx)
 
 
-@on("cuda-cuda")
+@pairs(([replace(HALF, decay=None), replace(HALF_WINDOW, decay=None)], targets("cuda-cuda")))
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_new_lengths_do_not_recompile(target, compiler):
-    case = replace(HALF, decay=None)
-
-    def loss(q, k, v):
-        return linear_attention(q, k, v, scale=case.scale, a=case.a)[0].square().sum()
+def test_new_lengths_do_not_recompile(case, target, compiler):
+    def loss(*leaves):
+        given = dict(zip(inputs, leaves, strict=True))
+        return call_op(case, given, target.backend, output_final_state=False)[0].square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (70, 64, 200, 1000, 257):
             inputs = make_inputs(replace(case, T=length), device=target.device)
-            leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
+            leaves = [x.requires_grad_() for x in inputs.values()]
             grads, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
             for dx, eager_dx in zip(grads, expected, strict=True):
                 torch.testing.assert_close(dx, eager_dx, rtol=2e-2, atol=2e-2)
@@ -79,7 +87,7 @@ def take_step(case: OpCase, arguments: tuple, state: tuple, backend: str | None)
     return linear_attention_step(*arguments, state, scale=case.scale, a=case.a, backend=backend)
 
 
-@pairs(([LINEAR, WINDOW], targets("chunked-cpu")), ([HALF], targets("cuda-cuda")))
+@pairs(([LINEAR, WINDOW], targets("chunked-cpu")), ([HALF, HALF_WINDOW], targets("cuda-cuda", "emulated-sm80")))
 def test_step_is_one_graph(case, target):
     case = replace(case, decay=None, T=20)
     inputs, states = make_inputs(case, device=target.device), [empty_state(case, target.device) for _ in range(2)]
@@ -92,7 +100,10 @@ def test_step_is_one_graph(case, target):
         assert x is None or torch.equal(x, y)
 
 
-@pairs(([LINEAR, WINDOW], targets("chunked-cuda")), ([LINEAR, HALF, replace(HALF, B=3, K=128)], targets("cuda-cuda")))
+@pairs(
+    ([LINEAR, WINDOW], targets("chunked-cuda")),
+    ([LINEAR, HALF, replace(HALF, B=3, K=128), HALF_WINDOW, replace(HALF_WINDOW, B=3, V=128)], targets("cuda-cuda")),
+)
 def test_step_is_captured_in_a_cuda_graph(case, target):
     case = replace(case, decay=None, T=40)
     inputs, eager_state = make_inputs(case, device="cuda"), empty_state(case, "cuda")
@@ -116,9 +127,9 @@ def test_step_is_captured_in_a_cuda_graph(case, target):
         assert x is None or torch.equal(x, y)
 
 
-@on("cuda-*", "chunked-cuda")
-def test_work_is_queued_on_the_current_stream(target):
-    case = replace(HALF, T=500)
+@pairs(([HALF, HALF_WINDOW], targets("cuda-*", "chunked-cuda")))
+def test_work_is_queued_on_the_current_stream(case, target):
+    case = replace(case, T=500)
     inputs = make_inputs(case, device="cuda")
     expected = run_op(case, inputs, target.backend)
     late = {n: torch.full_like(x, torch.nan) for n, x in inputs.items()}
@@ -134,10 +145,10 @@ def test_work_is_queued_on_the_current_stream(target):
     assert all(torch.equal(x, expected[name]) for name, x in actual.items())
 
 
-@on("cuda-*")
+@pairs(([HALF, HALF_WINDOW], targets("cuda-*")))
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_inputs_on_the_device_that_is_not_current(target):
-    case = replace(HALF, T=200)
+def test_inputs_on_the_device_that_is_not_current(case, target):
+    case = replace(case, T=200)
     inputs = make_inputs(case, device="cuda:0")
     expected = run_op(case, inputs, target.backend)
     actual = run_op(case, {n: x.to("cuda:1") for n, x in inputs.items()}, target.backend)
@@ -145,6 +156,27 @@ def test_inputs_on_the_device_that_is_not_current(target):
     for name, x in actual.items():
         assert x.device == torch.device("cuda:1")
         assert torch.equal(x.cpu(), expected[name].cpu()), name
+
+
+def window_op_arguments(case: OpCase, inputs: dict) -> tuple:
+    """Arguments of torch.ops.hf_linattn.window_linear_attention_forward, a ring left out."""
+    rows = [inputs[name] for name in ("q", "k", "v", "phi_q", "phi_k")]
+    first = [inputs[f"state.{member}"] for member in ("kv", "key_sum") if case.state]
+    valid = torch.rand(rows[0].shape[:2], device=rows[0].device) < 0.9 if case.state else None
+    constants = (inputs.get("g"), inputs.get("log_scale"), first, valid, inputs.get("cu_seqlens"))
+    return (*rows, *constants, case.window, case.scale, case.softcap or 0.0, case.a, case.b, True, 0)
+
+
+@pairs((COMPILED_WINDOW, targets("cuda-cuda")))
+def test_window_ops_keep_the_rules_of_torch_library(case, target):
+    inputs = make_inputs(case, device=target.device)
+    arguments = window_op_arguments(case, inputs)
+    ops = torch.ops.hf_linattn
+    torch.library.opcheck(ops.window_linear_attention_forward.default, arguments)
+    o, lse, _ = ops.window_linear_attention_forward.default(*arguments)
+    *scalars, _, path = arguments[10:]
+    arguments = (torch.rand_like(o), *arguments[:5], o, lse, *arguments[5:10], *scalars, case.log_scale, path)
+    torch.library.opcheck(ops.window_linear_attention_backward.default, arguments)
 
 
 def op_arguments(case: OpCase, inputs: dict) -> tuple:
@@ -182,12 +214,26 @@ def test_step_op_keeps_the_rules_of_torch_library(case, target):
     torch.library.opcheck(torch.ops.hf_linattn.linear_attention_step.default, arguments)
 
 
+WINDOW_FORMS = [replace(HALF_WINDOW, decay=d, a=a) for d, a in ((None, 0.0), ("scalar", 0.5))]
+
+
+@pairs((WINDOW_FORMS, targets("cuda-cuda", "emulated-sm80")))
+def test_window_step_op_keeps_the_rules_of_torch_library(case, target):
+    inputs, state = make_inputs(case, device=target.device), empty_state(case, target.device)
+    now = [inputs[name][:, 0] if name in inputs else None for name in ("q", "k", "v", "phi_q", "phi_k", "g")]
+    arguments = (*now, inputs["log_scale"], *state, case.scale, case.a, case.b, 3.0)
+    torch.library.opcheck(torch.ops.hf_linattn.window_linear_attention_step.default, arguments)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(CAPABILITY != 90, reason="needs a CUDA device of compute capability 9.0")
 def test_hopper_takes_its_own_kernels(monkeypatch):
     monkeypatch.delenv("HF_LINATTN_CUDA_PATH", raising=False)
     for dim in (64, 128):
-        inputs = make_inputs(replace(HALF, K=dim, V=dim, decay=None), device="cuda")
-        q, k, v = (inputs[name] for name in ("q", "k", "v"))
+        inputs = make_inputs(replace(HALF_WINDOW, D=dim, K=dim, V=dim, decay=None), device="cuda")
+        rows = [inputs[name] for name in ("q", "k", "v", "phi_q", "phi_k")]
+        path_of = torch.ops.hf_linattn.window_linear_attention_path
+        assert [path_of(*rows, None, 64, 1.0, 0.0, 0.0, 1.0, forced) for forced in (0, 1)] == [2, 1]
+        q, k, v = rows[:3]
         assert torch.ops.hf_linattn.linear_attention_path(q, k, v, None, 0.0, 1.0, True, True, 0) == 2
         assert torch.ops.hf_linattn.linear_attention_path(q, k, v, None, 0.0, 1.0, True, True, 1) == 1

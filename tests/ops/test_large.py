@@ -5,17 +5,25 @@ import torch
 from numerics import relative_rmse
 from op_backends import on
 
-from hf_linattn.kernels import linear_attention
+from hf_linattn.kernels import linear_attention, window_linear_attention
 
 HEADS, KV_HEADS, TOKENS, DIM = 128, 16, 131_328, 128
+QUERIES = ("q", "phi_q")
+
+
+def call(leaves: dict[str, torch.Tensor]) -> torch.Tensor:
+    if "phi_q" in leaves:
+        return window_linear_attention(**leaves, window=64, scale=DIM**-0.5, backend="cuda")[0]
+    return linear_attention(**leaves, scale=DIM**-0.5, backend="cuda")[0]
 
 
 @pytest.mark.large
 @on("cuda-*")
-def test_more_elements_than_a_32_bit_offset_reaches(target):
+@pytest.mark.parametrize(("names", "gigabytes"), [("q k v", 40), ("q k v phi_q phi_k", 64)], ids=["linear", "window"])
+def test_more_elements_than_a_32_bit_offset_reaches(target, names, gigabytes):
     free, _ = torch.cuda.mem_get_info()
-    if free < 40 * 2**30:
-        pytest.skip(f"needs 40 GiB of free device memory, {free / 2**30:.0f} are")
+    if free < gigabytes * 2**30:
+        pytest.skip(f"needs {gigabytes} GiB of free device memory, {free / 2**30:.0f} are")
     # Filling 4 GiB outputs with NaN first proves nothing more here.
     torch.use_deterministic_algorithms(False)
     generator = torch.Generator("cuda").manual_seed(0)
@@ -23,20 +31,23 @@ def test_more_elements_than_a_32_bit_offset_reaches(target):
     def draw(heads: int) -> torch.Tensor:
         return torch.rand(1, TOKENS, heads, DIM, dtype=torch.bfloat16, device="cuda", generator=generator)
 
-    q, do = draw(HEADS), draw(HEADS)
-    k, v = draw(KV_HEADS), draw(KV_HEADS)
-    assert q.numel() > 2**31
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    o, _ = linear_attention(*leaves, scale=DIM**-0.5, backend="cuda")
-    dq, dk, dv = torch.autograd.grad(o, leaves, do)
+    do = draw(HEADS)
+    leaves = {name: draw(HEADS if name in QUERIES else KV_HEADS).requires_grad_() for name in names.split()}
+    assert leaves["q"].numel() > 2**31
+    o = call(leaves)
+    grads = torch.autograd.grad(o, list(leaves.values()), do)
     group = HEADS // KV_HEADS
     for kv_head in (0, KV_HEADS - 1):
         one, some = slice(kv_head, kv_head + 1), slice(kv_head * group, (kv_head + 1) * group)
-        parts = [x.detach()[:, :, heads].requires_grad_() for x, heads in zip(leaves, (some, one, one), strict=True)]
-        o_part, _ = linear_attention(*parts, scale=DIM**-0.5, backend="cuda")
-        d_parts = torch.autograd.grad(o_part, parts, do[:, :, some])
-        pairs = {"o": (o[:, :, some], o_part), "dq": (dq[:, :, some], d_parts[0])}
-        pairs |= {"dk": (dk[:, :, one], d_parts[1]), "dv": (dv[:, :, one], d_parts[2])}
+        heads = {name: some if name in QUERIES else one for name in leaves}
+        parts = {name: x.detach()[:, :, heads[name]].requires_grad_() for name, x in leaves.items()}
+        o_part = call(parts)
+        d_parts = torch.autograd.grad(o_part, list(parts.values()), do[:, :, some])
+        pairs = {"o": (o[:, :, some], o_part)}
+        pairs |= {
+            f"d{name}": (dx[:, :, heads[name]], dx_part)
+            for name, dx, dx_part in zip(leaves, grads, d_parts, strict=True)
+        }
         for name, (x, y) in pairs.items():
             # Segments may differ with the number of heads; the far end is where a wrapped offset would show.
             assert relative_rmse(x, y) < 2e-2, (name, kv_head)

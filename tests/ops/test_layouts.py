@@ -14,9 +14,11 @@ LINEAR = OpCase(T=150, decay="scalar", a=0.5)
 WINDOW = replace(LINEAR, window=20, softcap=4.0)
 HALF = [replace(LINEAR, dtype=dtype, K=d, V=d, scale=0.1, T=200) for d in (64, 128) for dtype in (BF16, FP16)]
 ODD = replace(HALF[0], K=33, V=80)
+HALF_WINDOW = [replace(x, D=x.K, window=64, softcap=4.0, decay_grad=False) for x in HALF]
+COMPILED = [*HALF_WINDOW, replace(HALF_WINDOW[0], D=80, K=33, V=40)]
 EVERYWHERE = pairs(
     ([LINEAR, WINDOW], targets("reference-cpu", "chunked-*")),
-    ([LINEAR, *HALF, ODD], targets("cuda-*")),
+    ([LINEAR, *HALF, ODD, *COMPILED], targets("cuda-*")),
 )
 MOVED = ("q", "k", "v", "phi_q", "phi_k", "g")
 
@@ -78,16 +80,16 @@ def test_strides_do_not_matter(case, target, layout):
 
 
 @on("cuda-*")
-@pytest.mark.parametrize("case", HALF[::2], ids=str)
+@pytest.mark.parametrize("case", HALF[::2] + HALF_WINDOW[::2], ids=str)
 @pytest.mark.parametrize("layout", ["heads-first", "inside", "fused"])
 def test_views_are_read_in_place(case, target, layout):
     inputs = make_inputs(replace(case, T=2048), device=target.device)
     views = LAYOUTS[layout](inputs)
 
     def extra(tensors: dict[str, Tensor]) -> int:
-        leaves = {n: x.detach().requires_grad_() if n in ("q", "k", "v") else x for n, x in tensors.items()}
+        leaves = {n: x.detach().requires_grad_(n in MOVED and n != "g") for n, x in tensors.items()}
         o = call_op(case, leaves, target.backend)[0]
-        wanted, do = [leaves[n] for n in ("q", "k", "v")], torch.ones_like(o)
+        wanted, do = [x for x in leaves.values() if x.requires_grad], torch.ones_like(o)
         torch.autograd.grad(o, wanted, do)  # the first call of a process may leave something behind
         del o
         torch.cuda.synchronize()
@@ -99,11 +101,11 @@ def test_views_are_read_in_place(case, target, layout):
     assert extra(views) <= extra(inputs) + 2**16
 
 
-@on("cuda-*")
-@pytest.mark.parametrize("case", HALF[::2], ids=str)
+@on("cuda-*", "emulated-*")
+@pytest.mark.parametrize("case", HALF[::2] + HALF_WINDOW[::2], ids=str)
 def test_any_strides_of_the_output_gradient(case, target):
     inputs = make_inputs(case, device=target.device)
-    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
+    leaves = [x.requires_grad_() for name, x in inputs.items() if name in MOVED and name != "g"]
     o = call_op(case, inputs, target.backend)[0]
     do = torch.rand_like(o)
     plain = torch.autograd.grad(o, leaves, do, retain_graph=True)
@@ -120,11 +122,12 @@ def test_any_strides_of_the_output_gradient(case, target):
             assert_close("dq", y, x.double(), case.dtype, 2, target.backend)
 
 
-@on("cuda-*")
+@on("cuda-*", "emulated-*")
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_packed_rows_inside_nan(target, causal, index_dtype):
-    case = packed((33, 0, 100, 64, 1), K=64, V=64, dtype=BF16, causal=causal, a=0.5, H=6, H_kv=2)
+@pytest.mark.parametrize("form", ["causal", "bidirectional", "window"])
+def test_packed_rows_inside_nan(target, form, index_dtype):
+    case = packed((33, 0, 100, 64, 1), D=64, K=64, V=64, dtype=BF16, a=0.5, H=6, H_kv=2)
+    case = replace(case, causal=form != "bidirectional", window=20 if form == "window" else 0)
     inputs = make_inputs(case, device=target.device)
     expected = float64_truth(case, inputs)
     inputs["cu_seqlens"] = inputs["cu_seqlens"].to(index_dtype)
@@ -133,10 +136,11 @@ def test_packed_rows_inside_nan(target, causal, index_dtype):
             assert_close(name, x, expected[name], case.dtype, backend=target.backend)
 
 
-@on("cuda-*")
+@on("cuda-*", "emulated-*")
+@pytest.mark.parametrize("case", [HALF[0], replace(HALF_WINDOW[0], a=0.0)], ids=str)
 @pytest.mark.parametrize("member", ["strided", "contiguous"])
-def test_state_of_any_strides(target, member):
-    case = replace(HALF[0], state=True, T=70)
+def test_state_of_any_strides(case, target, member):
+    case = replace(case, state=True, T=70)
     inputs = make_inputs(case, device=target.device)
     expected = float64_truth(case, inputs)
     if member == "strided":

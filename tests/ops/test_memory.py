@@ -1,5 +1,7 @@
 """Memory of forward and backward grows with T * D: nothing of size T * D^2 is saved or even allocated."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from op_backends import Target, on
@@ -40,23 +42,26 @@ def test_memory_is_linear_in_tokens_and_dimension(window, decay):
 
 
 @on("chunked-cpu", "cuda-cuda")
-def test_saved_bytes_are_output_and_denominators(target):
-    case = OpCase(B=1, T=1024, H=4, H_kv=2, K=64, V=32)
+@pytest.mark.parametrize("window", [0, 64], ids=["linear", "window"])
+def test_saved_bytes_are_output_and_denominators(target, window):
+    case = OpCase(B=1, T=1024, H=4, H_kv=2, D=64, K=64, V=32, window=window)
     saved, _ = measure(case, target)
-    # The compiled kernels find what they need of the output on the way to dq.
-    saved_of_a_row = 1 + (0 if target.backend == "cuda" else case.V)
+    # Without a window the compiled kernels find what they need of the output on the way to dq.
+    saved_of_a_row = 1 + (0 if target.backend == "cuda" and not window else case.V)
     assert saved == case.T * case.H * saved_of_a_row * 4
 
 
 @on("cuda-*")
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_compiled_kernels_need_little_beyond_their_results(target, dim, causal):
+@pytest.mark.parametrize("form", ["causal", "bidirectional", "window"])
+def test_compiled_kernels_need_little_beyond_their_results(target, dim, form):
     # A budget of two tensors of q's size: FLA's normalised op takes fifteen, the states of every chunk alone K / 64.
-    case = OpCase(B=4, T=4096, H=16, H_kv=16, K=dim, V=dim, dtype=torch.bfloat16, causal=causal)
+    # The window's lse, delta and far weights are 3 numbers a row.
+    case = OpCase(B=4, T=4096, H=16, H_kv=16, D=dim, K=dim, V=dim, dtype=torch.bfloat16)
+    case = replace(case, causal=form != "bidirectional", window=64 if form == "window" else 0, log_scale=False)
     inputs = make_inputs(case, device=target.device)
-    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
-    do = torch.rand_like(leaves[2])
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    do = torch.rand_like(inputs["v"])
 
     def both() -> tuple[torch.Tensor, ...]:
         o, _ = call_op(case, inputs, target.backend, output_final_state=False)

@@ -60,22 +60,31 @@ def random_case(rng: random.Random) -> OpCase:
     kv_heads, features = rng.randint(1, 3), rng.choice(dim)
     # With few features and no constant term a first denominator can be next to nothing, and dq all cancellation.
     weights = [0.0, 0.0, 0.5, 1.0] if features >= 16 else [0.5, 1.0]
+    window = rng.choice([0, 0, 0, 1, 16, 63, 64, 65, 128, rng.randint(1, 200)]) if causal and features >= 16 else 0
+    a = rng.choice(weights)
+    has_state = causal and rng.random() < 0.5 and not (window and a)
+    if window:
+        dim = (64, 128) if rng.random() < 0.5 else (rng.randint(16, 128), 8 * rng.randint(2, 16))
     return OpCase(
         B=1 if lengths is not None else rng.randint(1, 3),
         T=sum(lengths) if lengths is not None else rng.randint(1, longest),
         H=kv_heads * rng.randint(1, 3),
         H_kv=kv_heads,
+        D=rng.choice(dim) if window else 16,
         K=features,
         V=rng.choice(dim),
         dtype=rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
         decay=rng.choice([None, "fixed", "scalar"]) if causal else None,
-        a=rng.choice(weights),
+        a=a,
         b=rng.choice([1.0, 0.7]),
         scale=rng.choice([1.0, 0.125]),
-        normalize=rng.random() < 0.7,
+        normalize=bool(window) or rng.random() < 0.7,
         causal=causal,
-        state=causal and rng.random() < 0.5,
+        window=window,
+        softcap=rng.choice([None, None, 3.0]) if window else None,
+        state=has_state,
         lengths=lengths,
+        decay_grad=not window,
     )
 
 
@@ -97,7 +106,7 @@ def test_thousand_combinations_agree_with_float64(block, target, monkeypatch):
 def test_random_cases_are_all_kinds_of_cases():
     cases = [random_case(random.Random(seed)) for seed in range(300)]
     assert len(set(cases)) > 290
-    for field in ("decay", "normalize", "causal", "state", "dtype", "a", "b", "scale"):
+    for field in ("decay", "normalize", "causal", "state", "dtype", "a", "b", "scale", "window", "softcap"):
         assert len({getattr(case, field) for case in cases}) > 1, field
     assert any(case.lengths and 0 in case.lengths for case in cases)
     assert {case.T for case in cases} & {0, 1}

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from numerics import assert_close
-from op_inputs import OpCase, call_op, make_inputs, packed, run_op
+from op_inputs import BY_TOKEN, OpCase, call_op, make_inputs, packed, run_op
 
 FP64 = torch.float64
 TINY = OpCase(B=1, T=5, H=2, H_kv=1, D=2, K=3, V=2, dtype=FP64, b=0.7)
@@ -22,13 +22,6 @@ WINDOW_CASES = [
     replace(TINY, window=3, decay="fixed", log_scale=False),
     replace(TINY, T=4, window=1, lengths=(1, 0, 3), decay="scalar"),
 ]
-
-
-def decay_matrix(case: OpCase, inputs: dict) -> torch.Tensor:
-    """e^{G_i - G_j} for j <= i, 0 elsewhere: `[B, H, T, T]`."""
-    g = torch.zeros(case.B, case.T, case.H_kv, dtype=FP64) + inputs.get("g_gamma", 0) + inputs.get("g", 0)
-    total = g.cumsum(1).movedim(2, 1).repeat_interleave(case.H // case.H_kv, 1)
-    return (total[..., :, None] - total[..., None, :]).exp().tril()
 
 
 @pytest.mark.parametrize(
@@ -59,20 +52,32 @@ def test_linear_reference_is_the_quadratic_form(case):
         assert_close(name, actual[name], x, FP64, factor=4)
 
 
-@pytest.mark.parametrize("decay", [None, "fixed", "scalar"])
-def test_window_reference_is_the_quadratic_form(decay):
-    case = OpCase(T=20, dtype=FP64, decay=decay, window=6, softcap=3.0, a=0.5, b=0.7)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(
+            OpCase(T=20, dtype=FP64, decay=d, window=w, softcap=cap, a=a, b=0.7, state=s)
+            for d, cap, a in ((None, 3.0, 0.5), ("fixed", None, 0.0), ("scalar", 3.0, 0.5))
+            for w in (1, 6, 30)
+            for s in (False, True)
+        ),
+        *(
+            packed((3, 0, 9, 1), dtype=FP64, decay=d, window=4, a=0.5, state=s)
+            for d in (None, "scalar")
+            for s in (0, 1)
+        ),
+        packed((0, 0), dtype=FP64, window=4, log_scale=False),
+    ],
+    ids=str,
+)
+def test_window_reference_is_the_quadratic_form(case):
     inputs = make_inputs(case)
-    k, v, phi_k = (inputs[name].repeat_interleave(2, 2) for name in ("k", "v", "phi_k"))
-    logits = 3.0 * torch.tanh(case.scale * torch.einsum("bihd,bjhd->bhij", inputs["q"], k) / 3.0)
-    lag = torch.arange(case.T)[:, None] - torch.arange(case.T)
-    far = case.a + case.b * torch.einsum("bihd,bjhd->bhij", inputs["phi_q"], phi_k)
-    delayed = torch.zeros_like(far)
-    delayed[..., case.window :, :] = decay_matrix(case, inputs)[..., : -case.window, :]
-    far = far * delayed * inputs["log_scale"].exp()[:, None, None]
-    near = logits.exp() * ((lag >= 0) & (lag < case.window))
-    weights = (near + far) / (near + far).sum(-1, keepdim=True)
-    assert_close("o", run_op(case, inputs, "reference")["o"], torch.einsum("bhij,bjhv->bihv", weights, v), FP64)
+    if case.lengths:
+        inputs |= {name: torch.cat([x, x[:, :2]], 1) for name, x in inputs.items() if name in BY_TOKEN}
+    actual, expected = (run_op(case, inputs, backend) for backend in ("reference", "quadratic"))
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        assert_close(name, actual[name], x, FP64, factor=4)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

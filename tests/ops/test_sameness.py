@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from numerics import assert_close
-from op_backends import on, pairs, targets
+from op_backends import pairs, targets
 from op_inputs import (
     BY_TOKEN,
     OpCase,
@@ -26,13 +26,17 @@ WINDOW = replace(LINEAR, window=20, softcap=4.0)
 HALF = [replace(LINEAR, dtype=torch.bfloat16, K=d, V=d, scale=0.1, T=300) for d in (64, 128)]
 SUMS = replace(HALF[1], decay=None, normalize=False, a=0.0)
 PLAIN = replace(HALF[1], decay=None, a=0.0, b=0.7)
+# What the compiled window op takes: no gradient of the decay, and no state together with a.
+HALF_WINDOW = [
+    replace(x, D=x.K, a=0.0, window=w, softcap=4.0, decay_grad=False) for x, w in zip(HALF, (64, 20), strict=True)
+]
+COMPILED = [LINEAR, *HALF, SUMS, PLAIN, *HALF_WINDOW]
 EVERYWHERE = pairs(
-    ([LINEAR, WINDOW], targets("reference-cpu", "chunked-*")),
-    ([LINEAR, *HALF, SUMS, PLAIN], targets("cuda-*", "emulated-*")),
+    ([LINEAR, WINDOW], targets("reference-cpu", "chunked-*")), (COMPILED, targets("cuda-*", "emulated-*"))
 )
 CHUNKED_AND_COMPILED = pairs(
     ([LINEAR, WINDOW, *(replace(x, dtype=torch.bfloat16) for x in (LINEAR, WINDOW))], targets("chunked-*")),
-    ([LINEAR, *HALF, SUMS, PLAIN], targets("cuda-*", "emulated-*")),
+    (COMPILED, targets("cuda-*", "emulated-*")),
 )
 
 
@@ -57,7 +61,10 @@ def test_packed_is_a_loop_over_sequences(case, target, state):
         start += length
 
 
-@pairs(([packed((30, 120)), packed((30, 120), window=20)], targets("chunked-*")), ([SUMS], targets("cuda-*")))
+@pairs(
+    ([packed((30, 120)), packed((30, 120), window=20)], targets("chunked-*")),
+    ([SUMS, HALF_WINDOW[1]], targets("cuda-*")),
+)
 def test_boundaries_changed_in_place_are_noticed(case, target):
     case = replace(case, B=1, T=150, lengths=(30, 120))
     inputs = make_inputs(case, device=target.device)
@@ -130,17 +137,22 @@ def test_later_tokens_leave_earlier_outputs_bit_equal(case, target):
     assert not torch.equal(before[:, 100:], after[:, 100:])
 
 
-@on("cuda-*")
-def test_earlier_gradients_of_a_later_token_alone(target):
+@pairs(([replace(x, T=130) for x in (PLAIN, HALF_WINDOW[1])], targets("cuda-*", "emulated-*")))
+def test_earlier_gradients_of_a_later_token_alone(case, target):
     # Only the last output has a gradient: every key reaches it, and no other query has a share in it.
-    case = replace(PLAIN, T=130)
     inputs = make_inputs(case, device=target.device)
-    q, k, v = (inputs[name].requires_grad_() for name in ("q", "k", "v"))
-    o = call_op(case, inputs | {"q": q, "k": k, "v": v}, target.backend)[0]
-    dq, dk, dv = torch.autograd.grad(o[:, -1].sum(), (q, k, v))
-    assert (dq[:, :-1] == 0).all()
-    assert (dv != 0).all(-1).all()
-    assert dk.isfinite().all()
+    leaves = {name: x.requires_grad_() for name, x in inputs.items() if name in BY_TOKEN and name != "g"}
+    o = call_op(case, inputs | leaves, target.backend)[0]
+    grads = dict(zip(leaves, torch.autograd.grad(o[:, -1].sum(), list(leaves.values())), strict=True))
+    for name in {"q", "phi_q"} & grads.keys():
+        assert (grads[name][:, :-1] == 0).all(), name
+    assert (grads["v"] != 0).all(-1).all()
+    assert all(dx.isfinite().all() for dx in grads.values())
+    if case.window:
+        # Softmax ends where the far keys begin.
+        split = case.T - case.window
+        assert (grads["k"][:, :split] == 0).all()
+        assert (grads["phi_k"][:, split:] == 0).all()
 
 
 @EVERYWHERE
@@ -175,6 +187,7 @@ def test_two_runs_are_bit_equal(case, target):
             packed((0, 3000, 1, 0, 4000, 129), H=2, H_kv=1, K=128, V=128, dtype=torch.bfloat16, decay="scalar"),
             replace(HALF[1], B=1, T=8191, H=2, H_kv=1, state=True),
             replace(HALF[0], T=2048, H=12, H_kv=1, causal=False, decay=None),
+            replace(HALF_WINDOW[0], B=1, T=4095, H=2, H_kv=1, state=True),
         ],
         targets("cuda-*"),
     ),
@@ -187,7 +200,7 @@ def test_ten_runs_of_a_split_sequence_are_bit_equal(case, target):
         assert all(torch.equal(x, again[name]) for name, x in first.items())
 
 
-@pairs(([LINEAR, WINDOW], targets("chunked-*")), (HALF, targets("cuda-*")))
+@pairs(([LINEAR, WINDOW], targets("chunked-*")), (HALF + HALF_WINDOW, targets("cuda-*", "emulated-*")))
 def test_activation_checkpointing_gives_the_same_gradients(case, target):
     inputs = make_inputs(case, device=target.device)
     leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]

@@ -1,4 +1,4 @@
-"""linear_attention_step: one token against the float64 recurrence, in place, from any state."""
+"""The steps of both ops: one token, or some, against the float64 recurrence, in place, from any state."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from numerics import assert_close
 from op_backends import on, pairs, targets
-from op_inputs import OpCase, make_inputs, state_from
+from op_inputs import OpCase, empty_state, make_inputs, state_from, take_steps
 
-from hf_linattn.kernels import linear_attention_step
+from hf_linattn.kernels import linear_attention_step, window_linear_attention_step
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BASE = OpCase(B=3, T=1, H=4, H_kv=2, state=True, scale=0.5)
@@ -26,6 +26,25 @@ WIDE_CASES = [
     *(replace(WIDE, H_kv=h, K=128, V=128, decay="scalar") for h in (1, 2, 6)),
     *(replace(WIDE, B=b, H=32, H_kv=8, K=128, V=128) for b in (1, 64)),
     *(replace(WIDE, normalize=False, a=a) for a in (0.0, 1.0)),
+]
+WINDOW = replace(BASE, T=20, window=16, scale=0.25)
+WINDOW_CASES = [
+    *(
+        replace(WINDOW, decay=d, a=a, softcap=3.0 if a else None)
+        for d in (None, "scalar", "fixed")
+        for a in (0.0, 0.5)
+    ),
+    *(replace(WINDOW, window=w, log_scale=w > 1) for w in (1, 3, 64)),
+    *(replace(WINDOW, D=d, K=k, V=v, H_kv=h) for d, k, v in ((3, 1, 5), (16, 70, 65)) for h in (1, 4)),
+    replace(WINDOW, dtype=BF16, decay="scalar"),
+]
+WIDE_WINDOW = replace(WINDOW, D=64, K=64, V=64, dtype=BF16, H=6, H_kv=2, window=64, T=70)
+WIDE_WINDOW_CASES = [
+    *(replace(WIDE_WINDOW, D=d, K=d, V=d, dtype=dtype) for d in (64, 128, 256) for dtype in (BF16, FP16, FP32)),
+    *(replace(WIDE_WINDOW, D=d, K=k, V=v, decay="scalar", a=0.5) for d, k, v in ((256, 33, 80), (60, 100, 192))),
+    *(replace(WIDE_WINDOW, H_kv=h, D=128, K=128, V=128, decay="fixed", softcap=5.0) for h in (1, 2, 6)),
+    *(replace(WIDE_WINDOW, B=b, H=32, H_kv=8, D=128, K=128, V=128, T=5) for b in (1, 64)),
+    *(replace(WIDE_WINDOW, window=w, H=8, H_kv=1, T=5) for w in (1000, 4096)),
 ]
 MAPS = {
     None: lambda x: x,
@@ -93,6 +112,74 @@ def test_step_reads_views(target):
     assert all(torch.equal(x, viewed[1][name]) for name, x in plain[1].items())
 
 
+def copied_state(case: OpCase, inputs: dict) -> tuple:
+    return state_from(case, {n: x.clone() if n.startswith("state.") else x for n, x in inputs.items()})
+
+
+@pairs((WINDOW_CASES, targets("chunked-*", "cuda-cuda", "emulated-sm80")), (WIDE_WINDOW_CASES, targets("cuda-cuda")))
+def test_window_steps(case, target):
+    inputs = make_inputs(case, device=target.device)
+    for member in ("window_k", "window_v", "window_phi_k", "window_g"):
+        if f"state.{member}" in inputs:  # an invalid slot may hold anything
+            inputs[f"state.{member}"][~inputs["state.window_valid"]] = torch.nan
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    truth = replace(case, dtype=torch.float64)
+    state, expected_state = copied_state(case, inputs), copied_state(truth, exact)
+    o = take_steps(case, inputs, state, 0, target.backend)
+    expected = take_steps(truth, exact, expected_state, 0, "reference")
+    assert_close("o", o, expected, case.dtype, backend=target.backend)
+    for name, x, y in zip(state._fields, state, expected_state, strict=True):
+        if name in ("kv", "key_sum", "value_sum", "weight_sum") and x is not None:
+            assert_close(f"final.{name}", x, y, FP32, backend="chunked")
+        elif x is not None:
+            y = y.to(x.dtype)
+            assert torch.equal(x, y) or torch.equal(x.nan_to_num(nan=9.0), y.nan_to_num(nan=9.0)), name
+
+
+@on("chunked-cpu", "cuda-cuda", "emulated-sm80")
+def test_window_step_of_any_state(target):
+    """What the compiled step does not write in place runs on PyTorch, unless `backend` names the compiled one."""
+    case = replace(WINDOW, T=2, decay="scalar", a=0.5)
+    inputs = make_inputs(case, device=target.device)
+    plain = copied_state(case, inputs)
+    expected = take_steps(case, inputs, plain, 0, target.backend)
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim > 1 else x
+
+    unlike = {
+        "strided": lambda name, x: moved(x),
+        "float64 sums": lambda name, x: x.double() if name in ("kv", "key_sum", "value_sum", "weight_sum") else x,
+        "float64 ring": lambda name, x: x.double() if name in ("window_k", "window_v", "window_phi_k") else x,
+    }
+    for kind, change in unlike.items():
+        first = copied_state(case, inputs)
+        state = type(first)(*(None if x is None else change(n, x) for n, x in zip(first._fields, first, strict=True)))
+        if target.is_compiled:
+            with pytest.raises(ValueError, match=r"^state: expected contiguous float32 sums"):
+                take_steps(case, inputs, state, 0, "cuda")
+        o = take_steps(case, inputs, state, 0, None)
+        torch.testing.assert_close(o, expected, msg=lambda text, kind=kind: f"{kind}: {text}")
+        assert all(x is None or torch.allclose(x.double(), y.double()) for x, y in zip(state, plain, strict=True))
+
+
+@on("chunked-cpu", "cuda-cuda", "emulated-sm80")
+def test_window_step_reads_views(target):
+    case = replace(WIDE_WINDOW, T=2, decay="scalar")
+    inputs = make_inputs(case, device=target.device)
+    views = {}
+    for name in ("q", "k", "v", "phi_q", "phi_k"):
+        x = inputs[name]
+        # Heads before tokens, and rows that begin at no multiple of 16 bytes.
+        buffer = x.new_full((*x.transpose(1, 2).shape[:-1], x.shape[-1] + 3), torch.nan)
+        views[name] = buffer[..., 1:-2].copy_(x.transpose(1, 2)).transpose(1, 2)
+    views["g"] = inputs["g"].transpose(1, 2).contiguous().transpose(1, 2)
+    states = [empty_state(case, target.device) for _ in range(2)]
+    plain = take_steps(case, inputs, states[0], 0, target.backend)
+    assert torch.equal(plain, take_steps(case, inputs | views, states[1], 0, target.backend))
+    assert all(x is None or torch.equal(x, y) for x, y in zip(*states, strict=True))
+
+
 @on("cuda-cuda")
 def test_step_of_a_misaligned_row(target):
     inputs = make_inputs(WIDE, device=target.device)
@@ -115,15 +202,35 @@ def test_two_steps_are_bit_equal(target):
     assert all(torch.equal(x, second[1][name]) for name, x in first[1].items())
 
 
-@on("cuda-cuda")
-def test_step_is_one_launch(target):
-    inputs = make_inputs(WIDE, device=target.device)
-    state = state_from(WIDE, inputs)
-    arguments = [inputs[name][:, 0] for name in ("q", "k", "v")]
-    linear_attention_step(*arguments, state, backend="cuda")
+@on("chunked-*", "cuda-cuda", "emulated-sm80")
+def test_window_steps_are_bit_equal_in_every_run(target):
+    # Splits over blocks of a cluster, and the last block of the grid, which is another one in each run.
+    for case in (replace(WIDE_WINDOW, B=2, T=5), replace(WIDE_WINDOW, B=1, H=2, H_kv=1, V=256, T=5)):
+        inputs = make_inputs(case, device=target.device)
+        states = [copied_state(case, inputs) for _ in range(2)]
+        first, second = (take_steps(case, inputs, state, 0, target.backend) for state in states)
+        assert torch.equal(first, second)
+        assert all(x is None or torch.equal(x, y) for x, y in zip(*states, strict=True))
+
+
+@pairs(([WIDE, WIDE_WINDOW], targets("cuda-cuda")))
+def test_step_is_one_launch(case, target):
+    inputs = make_inputs(case, device=target.device)
+    state = state_from(case, inputs)
+    arguments = [
+        inputs[name][:, 0] for name in (("q", "k", "v", "phi_q", "phi_k") if case.window else ("q", "k", "v"))
+    ]
+
+    def take_step():
+        if case.window:
+            window_linear_attention_step(*arguments, state, scale=case.scale, backend="cuda")
+        else:
+            linear_attention_step(*arguments, state, backend="cuda")
+
+    take_step()
     torch.use_deterministic_algorithms(False)  # it fills new memory, which is a launch too
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        linear_attention_step(*arguments, state, backend="cuda")
+        take_step()
         torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert len(kernels) == 1, kernels
