@@ -3,9 +3,9 @@
 Floor: the bytes an op must move (q, k, v, o once forward, 12 such tensors forward and backward; with features beside q
 and k, as the window op has them, 6 and 18) at the copy rate measured here. GB/s: these bytes over the measured time,
 and their share of the copy rate. TFLOP/s: the flop that the op cannot do without (`bench_entries.minimal_flop`) over
-the time. Memory: peak growth during a call beyond its inputs and results (forward: o; with backward: o, dq, dk, dv).
-Forward and backward below `GRAPH_MS` are also replayed from a CUDA graph: at such sizes a call from Python measures
-the host as much as the kernels.
+the time. Memory: peak growth during a call beyond its inputs and results (forward: o; with backward: o and the
+gradients). Forward and backward below `GRAPH_MS` are also replayed from a CUDA graph: at such sizes a call from Python
+measures the host as much as the kernels.
 """
 
 import contextlib
@@ -221,22 +221,22 @@ def _measure_entry(
     """Times and extra memory of one implementation; what it got to, where it fails."""
     generator = torch.Generator(device).manual_seed(0)
     size = (shape.B, shape.H, shape.N, shape.D) if entry.heads_first else (shape.B, shape.N, shape.H, shape.D)
-    q, k, v, do = (torch.rand(size, generator=generator, dtype=dtype, device=device) for _ in range(4))
+    *inputs, do = (torch.rand(size, generator=generator, dtype=dtype, device=device) for _ in range(entry.inputs + 1))
     extras = entry.extras(shape, dtype, device)
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return entry.call(q, k, v, *extras)
+            return entry.call(*inputs, *extras)
 
     def forward_backward() -> list[Tensor]:
-        return _forward_backward(lambda *x: entry.call(*x, *extras), (q, k, v), do)
+        return _forward_backward(lambda *x: entry.call(*x, *extras), inputs, do)
 
     found = {}
     with _reported(f"{entry.impl} {tuple(shape)}"):
-        for kind, call, results in (("fwd", forward, 1), ("fwd_bwd", forward_backward, 4)):
+        for kind, call, results in (("fwd", forward, 1), ("fwd_bwd", forward_backward, 1 + len(inputs))):
             timing = time_call(call, device, runs)
             found |= dict(zip((f"{kind}_ms", f"{kind}_p10_ms", f"{kind}_p90_ms"), timing, strict=True))
-            extra = peak_bytes(call, device) - results * q.numel() * dtype.itemsize
+            extra = peak_bytes(call, device) - results * do.numel() * dtype.itemsize
             found["extra_fwd_mib" if kind == "fwd" else "extra_mib"] = max(extra, 0) / MIB
         if device.type == "cuda" and found["fwd_bwd_ms"] < GRAPH_MS:
             found["fwd_bwd_graph_ms"] = time_graph(forward_backward, device, runs).median

@@ -1,7 +1,7 @@
 """What `hf-linattn bench` compares: our implementations, PyTorch's softmax, FLA and mlstm_kernels where installed.
 
 `ours` is the compiled kernels, `ours-sm80` the portable ones where the device would take those of Hopper; these and
-`chunked` come with -window too: window_linear_attention with a window of 64, q and k being the features as well. Names
+`chunked` come with -window too: window_linear_attention with a window of 64 and features as wide as q and k. Names
 ending in -sums do not normalise, those in -decay have one fixed decay a head and do not normalise either, which is the
 only form that FLA offers with decay. `separation` is the baseline of arXiv 2510.21956: autograd over the running sums
 of k v^T, all N of them kept.
@@ -40,7 +40,8 @@ class BenchEntry(NamedTuple):
     Attributes:
         op: the op it is listed under.
         impl: its name.
-        call: function of q, k, v, and what `extras` gives.
+        call: function of its inputs and what `extras` gives.
+        inputs: how many tensors of q's size it takes and has gradients of: q, k, v, and features of the window op.
         heads_first: whether it takes `[B, H, N, D]`; `[B, N, H, D]` if not.
         extras: further arguments for inputs of this shape, made outside the timing.
         environment: variables set while it runs.
@@ -51,6 +52,7 @@ class BenchEntry(NamedTuple):
     impl: str
     call: Callable[..., Tensor]
     heads_first: bool = False
+    inputs: int = 3
     extras: Callable[[Shape, torch.dtype, torch.device], tuple] = lambda shape, dtype, device: ()
     environment: Mapping[str, str] = {}
     fits: Callable[[Shape, torch.dtype, torch.device], bool] = lambda shape, dtype, device: True
@@ -112,17 +114,20 @@ def _compiled_window_entries(device: torch.device, dtype: torch.dtype) -> list[B
     def fits(shape: Shape, dtype: torch.dtype, device: torch.device) -> bool:
         return compiled_kernels_problem(device, dtype, op, shape.D, shape.D, shape.D) is None
 
-    entries = [BenchEntry(op, "ours-window", _ours_window("cuda"), fits=fits)]
+    options = {"inputs": 5, "fits": fits}
+    entries = [BenchEntry(op, "ours-window", _ours_window("cuda"), **options)]
     if torch.cuda.get_device_capability(device)[0] == 9:
         portable = {CUDA_PATH_VARIABLE: "sm80"}
-        entries.append(BenchEntry(op, "ours-window-sm80", _ours_window("cuda"), fits=fits, environment=portable))
+        entries.append(BenchEntry(op, "ours-window-sm80", _ours_window("cuda"), environment=portable, **options))
     return entries
 
 
 def _chunked_entries() -> list[BenchEntry]:
     return [
         BenchEntry("linear_attention", "chunked", _ours("chunked"), fits=_chunk_states_fit),
-        BenchEntry("window_linear_attention", "chunked-window", _ours_window("chunked"), fits=_chunk_states_fit),
+        BenchEntry(
+            "window_linear_attention", "chunked-window", _ours_window("chunked"), inputs=5, fits=_chunk_states_fit
+        ),
     ]
 
 
@@ -131,9 +136,9 @@ def _ours(backend: str, normalize: bool = True) -> Callable[..., Tensor]:
 
 
 def _ours_window(backend: str) -> Callable[..., Tensor]:
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scale = q.shape[-1] ** -0.5
-        return window_linear_attention(q, k, v, q, k, window=BENCH_WINDOW, scale=scale, backend=backend)[0]
+    def call(*inputs: Tensor) -> Tensor:
+        scale = inputs[0].shape[-1] ** -0.5
+        return window_linear_attention(*inputs, window=BENCH_WINDOW, scale=scale, backend=backend)[0]
 
     return call
 

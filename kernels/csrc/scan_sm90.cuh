@@ -607,7 +607,8 @@ inline int make_tile_maps(ScanKind kind, Reach reach, const ScanArgs& args, Tile
 
 template <ScanKind kKind, Reach kReach, bool kDecay, int kRows, int kTiles>
 int launch_scan_sm90(const ScanArgs& args, cudaStream_t stream) {
-  using Layout = Layout90<Work90<kKind, kReach, kDecay, kRows>, kTiles>;
+  using Work = Work90<kKind, kReach, kDecay, kRows>;
+  using Layout = Layout90<Work, kTiles>;
   const int columns = kTiles * kTileColumns, tiles = (args.z.dim + columns - 1) / columns;
   const int heads = is_reverse(kKind) || forms_state_only(kKind) ? args.num_kv_heads : args.num_heads;
   const int64_t blocks = static_cast<int64_t>(tiles) * heads * args.num_slots;
@@ -615,7 +616,7 @@ int launch_scan_sm90(const ScanArgs& args, cudaStream_t stream) {
   TileMaps maps = {};
   if (int error = make_tile_maps(kKind, kReach, args, maps)) return error;
   return launch_clusters(scan_sm90_kernel<kKind, kReach, kDecay, kRows, kTiles>, dim3(static_cast<unsigned>(blocks)),
-                         kKind == ScanKind::kQueryGrad ? tiles : 1, threads_sm90(kKind, kTiles), Layout::kBytes, stream,
+                         Work::kProjects ? tiles : 1, threads_sm90(kKind, kTiles), Layout::kBytes, stream,
                          args, maps, tiles, heads);
 }
 
