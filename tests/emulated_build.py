@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,20 +54,23 @@ def build_library(name: str, sources: Iterable[Path]) -> Path:
 
 def _build(folder: Path, name: str, sources: Iterable[Path]) -> Path:
     headers = b"".join(p.read_bytes() for p in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")]))
-    objects = []
-    for source in sources:
-        content = headers + source.read_bytes() + " ".join(FLAGS).encode()
-        target = folder / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.o"
-        if not target.exists():
-            for stale in folder.glob(f"{source.stem}-*.o"):
-                stale.unlink()
-            include = [f"-I{SOURCES}", "-isystem", str(cuda_headers())]
-            _compile([*FLAGS, *include, "-x", "c++", "-c", str(source)], target)
-        objects.append(target)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _build_object(folder, headers, source), sources))
     library = folder / f"lib{name}.so"
     if not library.exists() or any(x.stat().st_mtime > library.stat().st_mtime for x in objects):
         _compile(["-shared", *map(str, objects)], library)
     return library
+
+
+def _build_object(folder: Path, headers: bytes, source: Path) -> Path:
+    content = headers + source.read_bytes() + " ".join(FLAGS).encode()
+    target = folder / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.o"
+    if not target.exists():
+        for stale in folder.glob(f"{source.stem}-*.o"):
+            stale.unlink()
+        include = [f"-I{SOURCES}", "-isystem", str(cuda_headers())]
+        _compile([*FLAGS, *include, "-x", "c++", "-c", str(source)], target)
+    return target
 
 
 def _compile(arguments: Sequence[str], target: Path) -> None:

@@ -1,8 +1,8 @@
 """`window_linear_attention` in O(T w) time and memory: window_blocks.py + delayed linear_chunks.py, one denominator.
 
 With LSE_i the log of the whole denominator, the far part is a linear attention whose rows weigh c_i = e^{log_scale -
-LSE_i}: its backward is that of linear attention with u_i = c_i do_i and d_i = c_i (do_i . o_i), and since a row's dS
-sum to zero over window and far keys, dlog_scale is minus the window's part.
+LSE_i}: its backward is that of linear attention with u_i = c_i do_i and d_i = c_i (do_i . o_i). What a row adds to
+dlog_scale is phi_q_i . dphi_q_i; with a constant term a, minus the sum of its window's dS, since a row's sum to zero.
 """
 
 import math
@@ -174,7 +174,12 @@ class ChunkedWindowLinearAttention(torch.autograd.Function):
                 dphi_k = layout.from_chunks(grads.k.to(k.dtype))
                 dv = dv + layout.from_chunks(grads.v)
                 dg = None if g is None else layout.from_chunks(grads.log_decay[..., None])[..., 0].to(g.dtype)
-                dlog_scale = None if log_scale is None else far_row.sum((0, 1)).to(log_scale.dtype)
+                if log_scale is not None:
+                    if form.a == 0:
+                        # phi_q . dphi_q is the same; far_row is a small difference of what rounding leaves of o.
+                        far_row = (operands.q[..., : phi_q.shape[-1]] * grads.q).sum(-1, keepdim=True)
+                        far_row = layout.from_chunks(far_row, is_query=True)[..., 0]
+                    dlog_scale = far_row.sum((0, 1)).to(log_scale.dtype)
         return dq, dk, dv.to(v.dtype), dphi_q, dphi_k, dg, dlog_scale, *(None,) * 8
 
 
