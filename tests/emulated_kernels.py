@@ -217,6 +217,26 @@ def chosen_path(q: Tensor, k: Tensor, v: Tensor, *, forced: str = "auto", cu_seq
     return next(name for name, value in PATHS.items() if value == chosen)
 
 
+def run_forward(
+    buffers: Buffers, problem: _Problem, o: Tensor, den: Tensor | None, final: LinearAttentionState | None
+) -> None:
+    """Calls the forward, with its workspace, and checks what it wrote around its outputs."""
+    size = load_kernels().hf_linattn_forward_workspace(ctypes.byref(problem))
+    workspace = buffers.empty(size, dtype=torch.uint8)
+    outputs = ctypes.byref(describe_tensor(o)), ctypes.c_void_p(pointer(den)), ctypes.byref(describe_state(final))
+    place = ctypes.c_void_p(workspace.data_ptr())
+    call_kernel(load_kernels(), "hf_linattn_forward", ctypes.byref(problem), *outputs, place, None)
+    buffers.check()
+
+
+def run_backward(buffers: Buffers, problem: _Problem, gradients: Gradients) -> None:
+    """The same of the backward."""
+    arguments = ctypes.byref(problem), ctypes.byref(gradients)
+    workspace = buffers.empty(load_kernels().hf_linattn_backward_workspace(*arguments), dtype=torch.uint8)
+    call_kernel(load_kernels(), "hf_linattn_backward", *arguments, ctypes.c_void_p(workspace.data_ptr()), None)
+    buffers.check()
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -238,19 +258,7 @@ def forward(
     o = buffers.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
     den = buffers.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32) if normalize else None
     final = empty_state(buffers, problem) if output_final_state else None
-    size = load_kernels().hf_linattn_forward_workspace(ctypes.byref(problem))
-    workspace = buffers.empty(size, dtype=torch.uint8)
-    call_kernel(
-        load_kernels(),
-        "hf_linattn_forward",
-        ctypes.byref(problem),
-        ctypes.byref(describe_tensor(o)),
-        ctypes.c_void_p(pointer(den)),
-        ctypes.byref(describe_state(final)),
-        ctypes.c_void_p(workspace.data_ptr()),
-        None,
-    )
-    buffers.check()
+    run_forward(buffers, problem, o, den, final)
     return o, den, final
 
 
@@ -289,17 +297,7 @@ def backward(
         dg=pointer(dg),
         d_initial=describe_state(d_initial),
     )
-    size = load_kernels().hf_linattn_backward_workspace(ctypes.byref(problem), ctypes.byref(gradients))
-    workspace = buffers.empty(size, dtype=torch.uint8)
-    call_kernel(
-        load_kernels(),
-        "hf_linattn_backward",
-        ctypes.byref(problem),
-        ctypes.byref(gradients),
-        ctypes.c_void_p(workspace.data_ptr()),
-        None,
-    )
-    buffers.check()
+    run_backward(buffers, problem, gradients)
     return dq, dk, dv, dg, d_initial
 
 
@@ -350,7 +348,7 @@ def row_strides(inputs: dict[str, Tensor | None]) -> dict[str, int]:
         f"{name}_{axis}_stride": n
         for name, x in inputs.items()
         if x is not None
-        for axis, n in zip(("batch", "head"), x.stride(), strict=False)
+        for axis, n in zip(("batch", "head"), x.stride()[:2], strict=True)
     }
 
 

@@ -8,13 +8,13 @@ from emulated_kernels import (
     Buffers,
     Gradients,
     WindowPart,
-    call_kernel,
     describe_problem,
-    describe_state,
     describe_tensor,
     empty_state,
     load_kernels,
     pointer,
+    run_backward,
+    run_forward,
 )
 from torch import Tensor
 
@@ -58,19 +58,7 @@ def window_forward(
     o = buffers.empty(*call.q.shape[:3], call.v.shape[3], dtype=call.q.dtype)
     lse = buffers.empty(call.q.shape[0], call.q.shape[2], call.q.shape[1], dtype=torch.float32)
     final = empty_state(buffers, problem) if output_final_state else None
-    size = load_kernels().hf_linattn_forward_workspace(ctypes.byref(problem))
-    workspace = buffers.empty(size, dtype=torch.uint8)
-    call_kernel(
-        load_kernels(),
-        "hf_linattn_forward",
-        ctypes.byref(problem),
-        ctypes.byref(describe_tensor(o)),
-        ctypes.c_void_p(pointer(lse)),
-        ctypes.byref(describe_state(final)),
-        ctypes.c_void_p(workspace.data_ptr()),
-        None,
-    )
-    buffers.check()
+    run_forward(buffers, problem, o, lse, final)
     return o, lse, final
 
 
@@ -97,17 +85,7 @@ def window_backward(
         d_window_k=describe_tensor(grads["dk"]),
         d_log_scale=pointer(parts),
     )
-    size = load_kernels().hf_linattn_backward_workspace(ctypes.byref(problem), ctypes.byref(gradients))
-    workspace = buffers.empty(size, dtype=torch.uint8)
-    call_kernel(
-        load_kernels(),
-        "hf_linattn_backward",
-        ctypes.byref(problem),
-        ctypes.byref(gradients),
-        ctypes.c_void_p(workspace.data_ptr()),
-        None,
-    )
-    buffers.check()
+    run_backward(buffers, problem, gradients)
     return grads if parts is None else grads | {"dlog_scale": parts.sum(0)}
 
 

@@ -184,6 +184,29 @@ void copy_state(const TensorList& target, const TensorList& source) {
 
 void check_code(int code) { require(code == 0, "hf_linattn: ", hf_linattn_last_error()); }
 
+// Sums of a step, updated in place.
+hf_linattn_state describe_sums(const Tensor& kv, const OptionalTensor& key_sum, const OptionalTensor& value_sum,
+                               const OptionalTensor& weight_sum, int64_t batch, int64_t kv_heads, int64_t feature_dim,
+                               int64_t value_dim) {
+  check_float("state.kv", kv, {batch, kv_heads, feature_dim, value_dim});
+  check_float("state.key_sum", key_sum, {batch, kv_heads, feature_dim});
+  check_float("state.value_sum", value_sum, {batch, kv_heads, value_dim});
+  check_float("state.weight_sum", weight_sum, {batch, kv_heads});
+  return {static_cast<float*>(address(kv)), address<float>(key_sum), address<float>(value_sum),
+          address<float>(weight_sum)};
+}
+
+// The decay of a step, [B, H_kv].
+template <class StepProblem>
+void describe_step_decay(const OptionalTensor& g, StepProblem& problem) {
+  if (!g) return;
+  check_shape("g", *g, {problem.batch, problem.num_kv_heads});
+  require(dtype_of(*g) == aoti_torch_dtype_float32(), "g: expected float32; use g.float()");
+  problem.g = static_cast<const float*>(address(*g));
+  problem.g_batch_stride = g->stride(0);
+  problem.g_head_stride = g->stride(1);
+}
+
 hf_linattn_problem describe_problem(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
                                     const TensorList& initial_state, const OptionalTensor& cu_seqlens, double a,
                                     double b, bool normalize, bool causal, int64_t path) {
@@ -403,10 +426,6 @@ Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, 
     require(dtype_of(*x) == dtype_of(q), "k, v: expected the dtype of q; cast them");
     require(x->stride(2) == 1 || x->size(2) <= 1, "q, k, v: expected a contiguous last dimension");
   }
-  check_float("state.kv", kv, {batch, kv_heads, feature_dim, value_dim});
-  check_float("state.key_sum", key_sum, {batch, kv_heads, feature_dim});
-  check_float("state.value_sum", value_sum, {batch, kv_heads, value_dim});
-  check_float("state.weight_sum", weight_sum, {batch, kv_heads});
 
   hf_linattn_step_problem problem{};
   problem.dtype = kernel_dtype(q);
@@ -428,15 +447,8 @@ Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, 
   problem.k_head_stride = k.stride(1);
   problem.v_batch_stride = v.stride(0);
   problem.v_head_stride = v.stride(1);
-  if (g) {
-    check_shape("g", *g, {batch, kv_heads});
-    require(dtype_of(*g) == aoti_torch_dtype_float32(), "g: expected float32; use g.float()");
-    problem.g = static_cast<const float*>(address(*g));
-    problem.g_batch_stride = g->stride(0);
-    problem.g_head_stride = g->stride(1);
-  }
-  problem.state = {static_cast<float*>(address(kv)), address<float>(key_sum), address<float>(value_sum),
-                   address<float>(weight_sum)};
+  describe_step_decay(g, problem);
+  problem.state = describe_sums(kv, key_sum, value_sum, weight_sum, batch, kv_heads, feature_dim, value_dim);
   const Tensor o = allocate(q, {batch, q.size(1), value_dim}, dtype_of(q));
   problem.o = address(o);
   if (batch > 0) check_code(hf_linattn_step(&problem, scope.stream()));
@@ -466,10 +478,6 @@ Tensor window_linear_attention_step(const Tensor& q, const Tensor& k, const Tens
     require(x->stride(2) == 1 || x->size(2) <= 1, "q, k, v, phi_q, phi_k: expected a contiguous last dimension");
   }
   check_float("log_scale", log_scale, {heads});
-  check_float("state.kv", kv, {batch, kv_heads, feature_dim, value_dim});
-  check_float("state.key_sum", key_sum, {batch, kv_heads, feature_dim});
-  check_float("state.value_sum", value_sum, {batch, kv_heads, value_dim});
-  check_float("state.weight_sum", weight_sum, {batch, kv_heads});
   check_float("state.window_g", window_g, {batch, window, kv_heads});
   check_shape("state.window_k", window_k, {batch, window, kv_heads, dim});
   check_shape("state.window_v", window_v, {batch, window, kv_heads, value_dim});
@@ -511,16 +519,9 @@ Tensor window_linear_attention_step(const Tensor& q, const Tensor& k, const Tens
   problem.phi_k_batch_stride = phi_k.stride(0);
   problem.phi_k_head_stride = phi_k.stride(1);
   require(g.has_value() == window_g.has_value(), "g: expected it exactly where the state has window_g");
-  if (g) {
-    check_shape("g", *g, {batch, kv_heads});
-    require(dtype_of(*g) == aoti_torch_dtype_float32(), "g: expected float32; use g.float()");
-    problem.g = static_cast<const float*>(address(*g));
-    problem.g_batch_stride = g->stride(0);
-    problem.g_head_stride = g->stride(1);
-  }
+  describe_step_decay(g, problem);
   problem.log_scale = address<float>(log_scale);
-  problem.state = {static_cast<float*>(address(kv)), static_cast<float*>(address(key_sum)), address<float>(value_sum),
-                   address<float>(weight_sum)};
+  problem.state = describe_sums(kv, key_sum, value_sum, weight_sum, batch, kv_heads, feature_dim, value_dim);
   problem.ring_k = address(window_k);
   problem.ring_v = address(window_v);
   problem.ring_phi_k = address(window_phi_k);
@@ -533,24 +534,24 @@ Tensor window_linear_attention_step(const Tensor& q, const Tensor& k, const Tens
   return o;
 }
 
-int64_t linear_attention_path(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, double a,
-                              double b, bool normalize, bool causal, int64_t path) {
-  const DeviceScope scope(q);
-  const hf_linattn_problem problem = describe_problem(q, k, v, g, {}, {}, a, b, normalize, causal, path);
+int64_t checked_path(const hf_linattn_problem& problem) {
   const int chosen = hf_linattn_path(&problem);
   check_code(chosen < 0 ? chosen : 0);
   return chosen;
+}
+
+int64_t linear_attention_path(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, double a,
+                              double b, bool normalize, bool causal, int64_t path) {
+  const DeviceScope scope(q);
+  return checked_path(describe_problem(q, k, v, g, {}, {}, a, b, normalize, causal, path));
 }
 
 int64_t window_linear_attention_path(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& phi_q,
                                      const Tensor& phi_k, const OptionalTensor& g, int64_t window, double scale,
                                      double softcap, double a, double b, int64_t path) {
   const DeviceScope scope(q);
-  const hf_linattn_problem problem =
-      describe_window_problem(q, k, v, phi_q, phi_k, g, {}, {}, {}, {}, window, scale, softcap, a, b, path);
-  const int chosen = hf_linattn_path(&problem);
-  check_code(chosen < 0 ? chosen : 0);
-  return chosen;
+  return checked_path(
+      describe_window_problem(q, k, v, phi_q, phi_k, g, {}, {}, {}, {}, window, scale, softcap, a, b, path));
 }
 
 // Why no kernel runs on this device, for example a driver older than the library's CUDA runtime; empty if one does.

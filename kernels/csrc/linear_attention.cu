@@ -343,9 +343,9 @@ int hf_linattn_path(const hf_linattn_problem* problem) {
   args.x = rows_of(problem->q, problem->feature_dim);
   args.window_x = window_rows(*problem, problem->window.q);
   args.window_y = window_rows(*problem, problem->window.k);
-  const bool has_window_gradient =
-      !has_window(*problem) || check_window_gradient(problem->dtype, problem->window.dim, problem->value_dim) == 0;
-  if (!has_window_gradient) return -1;
+  if (has_window(*problem) && check_window_gradient(problem->dtype, problem->window.dim, problem->value_dim) != 0) {
+    return -1;
+  }
   if (problem->path != HF_LINATTN_PATH_SM80 && check_scan_sm90(ScanKind::kOutput, problem->dtype, args) == 0) {
     return HF_LINATTN_PATH_SM90;
   }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_linattn.kernels.cuda_library import compiled_library_problem, forced_cuda_path
-from hf_linattn.kernels.dispatch import where_grad_is_on
+from hf_linattn.kernels.dispatch import Unsupported, where_grad_is_on
 from hf_linattn.kernels.state import LinearAttentionState, linear_state_shapes
 
 # `feature_map` of the step op.
@@ -122,9 +122,11 @@ def cuda_linear_attention_step(
     )
 
 
-def cuda_step_takes(state: LinearAttentionState) -> bool:
-    """The step kernel writes contiguous float32 sums in place; a state of another kind needs the PyTorch step."""
-    return all(x is None or (x.dtype == torch.float32 and x.is_contiguous()) for x in state)
+def unsupported_by_cuda_step(state: LinearAttentionState) -> Unsupported | None:
+    """What keeps a state off the step kernel, which writes contiguous float32 sums in place."""
+    if all(x is None or (x.dtype == torch.float32 and x.is_contiguous()) for x in state):
+        return None
+    return Unsupported("state", "contiguous float32 tensors", "others", "make them so")
 
 
 def unit_stride(x: Tensor) -> Tensor:

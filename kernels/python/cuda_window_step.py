@@ -6,13 +6,14 @@ The op is defined in kernels/csrc/binding_torch.cpp; it writes every member of t
 import torch
 from torch import Tensor
 
-from hf_linattn.kernels.cuda_library import compiled_library_problem
+from hf_linattn.kernels.cuda_library import has_compiled_op
 from hf_linattn.kernels.cuda_linear import unit_stride
+from hf_linattn.kernels.dispatch import Unsupported
 from hf_linattn.kernels.state import WindowLinearAttentionState, linear_sums
 
 LARGEST_WINDOW = 16384  # kMaxWindow of csrc/window_step.cu
 
-if compiled_library_problem is None:
+if has_compiled_op("window_linear_attention_step"):
     _window_step = torch.ops.hf_linattn.window_linear_attention_step.default
 
 
@@ -47,27 +48,32 @@ def cuda_window_linear_attention_step(
     )
 
 
-def cuda_window_step_takes(state: WindowLinearAttentionState, dtype: torch.dtype) -> bool:
-    """The kernel writes contiguous float32 sums and a contiguous ring in `dtype`, that of the inputs, in place.
+def unsupported_by_cuda_window_step(state: WindowLinearAttentionState, dtype: torch.dtype) -> Unsupported | None:
+    """What keeps a state off the kernel, or None.
 
-    A state of another kind, or with a ring longer than shared memory holds, needs the PyTorch step.
+    It writes contiguous float32 sums and a contiguous ring in `dtype`, that of the inputs, in place, and holds the
+    ring's logits in shared memory.
     """
-    if state.window_k.shape[1] > LARGEST_WINDOW:
-        return False
     float32 = (*linear_sums(state), state.window_g)
     ring = (state.window_k, state.window_v, state.window_phi_k)
-    return (
-        all(x is None or x.dtype == torch.float32 for x in float32)
+    if (
+        state.window_k.shape[1] <= LARGEST_WINDOW
+        and all(x is None or x.dtype == torch.float32 for x in float32)
         and all(x.dtype == dtype for x in ring)
         and state.window_valid.dtype == torch.bool
         and state.slot.dtype == torch.int64
         and all(x is None or x.is_contiguous() for x in state)
+    ):
+        return None
+    expected = (
+        f"contiguous float32 sums and a contiguous ring of the inputs' dtype, at most {LARGEST_WINDOW} slots long,"
     )
+    return Unsupported("state", expected, "another", "make it so")
 
 
 def _fake_window_step(q, k, v, *rest):
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
-if compiled_library_problem is None:
+if has_compiled_op("window_linear_attention_step"):
     torch.library.register_fake("hf_linattn::window_linear_attention_step", _fake_window_step)

@@ -7,8 +7,6 @@ Formulas: f(s) = a + b s, arXiv 2510.21956; the hybrid with one denominator foll
 merged in log space.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -25,14 +23,10 @@ from hf_linattn.kernels.checks import (
 )
 from hf_linattn.kernels.chunked_linear import chunked_linear_attention
 from hf_linattn.kernels.chunked_window import chunked_window_linear_attention
-from hf_linattn.kernels.cuda_linear import cuda_linear_attention, cuda_linear_attention_step, cuda_step_takes
+from hf_linattn.kernels.cuda_linear import cuda_linear_attention, cuda_linear_attention_step, unsupported_by_cuda_step
 from hf_linattn.kernels.cuda_window import cuda_window_linear_attention, unsupported_by_cuda_window
-from hf_linattn.kernels.cuda_window_step import (
-    LARGEST_WINDOW,
-    cuda_window_linear_attention_step,
-    cuda_window_step_takes,
-)
-from hf_linattn.kernels.dispatch import BACKEND_VARIABLE, autocast_off, choose_backend, where_grad_is_on
+from hf_linattn.kernels.cuda_window_step import cuda_window_linear_attention_step, unsupported_by_cuda_window_step
+from hf_linattn.kernels.dispatch import autocast_off, choose_backend, where_grad_is_on
 from hf_linattn.kernels.reference import reference_linear_attention, reference_window_linear_attention
 from hf_linattn.kernels.state import LinearAttentionState, WindowLinearAttentionState
 from hf_linattn.kernels.step import recurrent_linear_attention_step, recurrent_window_linear_attention_step
@@ -238,11 +232,9 @@ def linear_attention_step(
     check_feature_map(feature_map)
     check_linear_state("state", state, q.shape[0], k, v, a=a, normalize=normalize)
     options = {"a": float(a), "b": float(b * scale), "normalize": normalize, "feature_map": feature_map}
-    if choose_backend("linear_attention_step", q, v, backend) == "cuda":
-        if cuda_step_takes(state):
-            return cuda_linear_attention_step(q, k, v, decay, state, **options)
-        if (backend or os.environ.get(BACKEND_VARIABLE)) == "cuda":
-            raise ValueError("state: expected contiguous float32 tensors for backend 'cuda'; make them so or use None")
+    unsupported = unsupported_by_cuda_step(state)
+    if choose_backend("linear_attention_step", q, v, backend, unsupported=unsupported) == "cuda":
+        return cuda_linear_attention_step(q, k, v, decay, state, **options)
     with autocast_off(q.device):
         return recurrent_linear_attention_step(q, k, v, decay, state, **options)
 
@@ -305,13 +297,8 @@ def window_linear_attention_step(
     check_window_scalars(window, softcap)
     check_window_state("state", state, q.shape[0], k, v, phi_k, window=window, a=a, decay=decay is not None)
     options = {"scale": float(scale), "a": float(a), "b": float(b), "softcap": softcap}
-    if choose_backend("window_linear_attention_step", phi_q, v, backend, q.shape[-1]) == "cuda":
-        if cuda_window_step_takes(state, q.dtype):
-            return cuda_window_linear_attention_step(q, k, v, phi_q, phi_k, decay, state, log_scale, **options)
-        if (backend or os.environ.get(BACKEND_VARIABLE)) == "cuda":
-            raise ValueError(
-                "state: expected contiguous float32 sums and a contiguous ring of the inputs' dtype, at most "
-                f"{LARGEST_WINDOW} slots long, for backend 'cuda'; make them so or use None"
-            )
+    unsupported = unsupported_by_cuda_window_step(state, q.dtype)
+    if choose_backend("window_linear_attention_step", phi_q, v, backend, q.shape[-1], unsupported) == "cuda":
+        return cuda_window_linear_attention_step(q, k, v, phi_q, phi_k, decay, state, log_scale, **options)
     with autocast_off(q.device):
         return recurrent_window_linear_attention_step(q, k, v, phi_q, phi_k, decay, state, log_scale, **options)
