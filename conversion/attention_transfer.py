@@ -20,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_linattn import dispatch_to, linear_attention_modules
 from hf_linattn.attention import linear_attention_forward
-from hf_linattn.conversion.calibration import LogScaleCalibration
+from hf_linattn.conversion.attention_weights import attention_weights_divergence
+from hf_linattn.conversion.calibration import LogScaleCalibration, far_keys_of
 from hf_linattn.conversion.config import TransferConfig
 from hf_linattn.conversion.data import Batch, Corpus, RowSampler
 from hf_linattn.conversion.progress import StageProgress
@@ -67,7 +68,7 @@ def transfer_attention(
     rows = config.batch_size
     step_tokens = accelerator.num_processes * rows * config.sequence_length
     num_steps = max(1, config.tokens // step_tokens)
-    sampler = RowSampler(corpus, config.sequence_length, stage_seed(seed, STAGE))
+    sampler = RowSampler(corpus, config.sequence_length, stage_seed(seed, STAGE), config.repeat_fraction)
     optimizer = torch.optim.AdamW(_parameter_groups(layers, config), betas=config.betas, fused=False)
 
     def batch_of(step: int) -> Batch:
@@ -78,7 +79,9 @@ def transfer_attention(
         run.load(layers, optimizer)
     elif config.calibrate:
         calibrate_log_scale(accelerator, model, batch_of(0))
-    observer = LayerwiseTransfer(model.softmax_implementation, config.loss)
+    observer = LayerwiseTransfer(
+        model.softmax_implementation, config.loss, config.weights_loss, config.weights_queries
+    )
     with StageProgress(run, STAGE, num_steps, first_step) as progress:
         for step in range(first_step, num_steps):
             seed_step(seed, step, accelerator.process_index)
@@ -137,22 +140,29 @@ class LayerwiseTransfer:
     Args:
         softmax_name (`str`): the model's own attention implementation.
         loss (`str`): `normalized_mse` or `mse`.
+        weights_loss, weights_queries: as in `TransferConfig`.
     """
 
-    def __init__(self, softmax_name: str, loss: str):
+    def __init__(self, softmax_name: str, loss: str, weights_loss: float = 0.0, weights_queries: int = 128):
         self.softmax_name, self.loss = softmax_name, loss
+        self.weights_loss, self.weights_queries = weights_loss, weights_queries
         self.losses: dict[int, Tensor] = {}
 
-    def __call__(self, module, query, key, value, attention_mask, dropout=0.0, **kwargs):
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         """AttentionInterface's contract: `[B, H, T, D]` in, `([B, T, H, V], None)` out."""
         softmax = softmax_function(self.softmax_name, module)
         with torch.no_grad():
-            teacher, _ = softmax(module, query, key, value, attention_mask, dropout=0.0, **kwargs)
+            teacher, _ = softmax(module, query, key, value, attention_mask, scaling=scaling, dropout=0.0, **kwargs)
+        query, key, value = query.detach(), key.detach(), value.detach()
         with torch.enable_grad():
             student, _ = linear_attention_forward(
-                module, query.detach(), key.detach(), value.detach(), None, dropout=0.0, **kwargs
+                module, query, key, value, None, scaling=scaling, dropout=0.0, **kwargs
             )
             loss = transfer_loss(student, teacher, self.loss)
+            if self.weights_loss and module.linear_attention.window:
+                keys = far_keys_of(module, query, key, scaling, kwargs)
+                divergence = attention_weights_divergence(module.linear_attention, keys, self.weights_queries)
+                loss = loss + self.weights_loss * divergence
             loss.backward()
         self.losses[module.layer_idx] = loss.detach()
         return teacher, None

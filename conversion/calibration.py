@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_linattn.conversion.far_keys import SMALLEST_WEIGHT, FarKeys
+
 # Queries per block: the N x N weights exist for one block of rows at a time.
 QUERY_BLOCK = 128
-SMALLEST_MASS = 1e-20
 
 
 class LogScaleCalibration:
@@ -35,85 +36,40 @@ class LogScaleCalibration:
             module, query, key, value, attention_mask, scaling=scaling, dropout=0.0, **kwargs
         )
         if module.linear_attention.window:
-            self.sums[module.layer_idx] = sum_log_mass_ratio(
-                module.linear_attention,
-                query,
-                key,
-                scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-                position_ids=kwargs.get("position_ids"),
-                hidden_states=kwargs.get("linattn_hidden_states"),
-                sliding_window=kwargs.get("sliding_window"),
-                softcap=kwargs.get("softcap"),
-            )
+            self.sums[module.layer_idx] = sum_log_mass_ratio(far_keys_of(module, query, key, scaling, kwargs))
         return teacher
 
 
-def sum_log_mass_ratio(
-    linear_attention,
-    query: Tensor,
-    key: Tensor,
-    *,
-    scale: float,
-    position_ids: Tensor | None = None,
-    hidden_states: Tensor | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sum over queries with far keys of log(softmax mass) - log(linear mass).
+def far_keys_of(module, query: Tensor, key: Tensor, scaling: float | None, kwargs: dict) -> FarKeys:
+    """`FarKeys` from the arguments of an attention function (AttentionInterface's contract)."""
+    return FarKeys(
+        module.linear_attention,
+        query,
+        key,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        position_ids=kwargs.get("position_ids"),
+        hidden_states=kwargs.get("linattn_hidden_states"),
+        sliding_window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+    )
 
-    Args:
-        linear_attention (`LinearAttention`): of the layer, with a window.
-        query, key: `[B, H, T, D]`, `[B, H_kv, T, D]`, RoPE applied.
-        scale, softcap, sliding_window: the teacher's.
-        position_ids: `[B or 1, T]`; resets start a new document.
-        hidden_states: `[B, T, hidden]`, for a data-dependent gate.
+
+def sum_log_mass_ratio(keys: FarKeys) -> tuple[Tensor, Tensor]:
+    """Sum over queries with far keys of log(softmax mass) - log(linear mass).
 
     Returns:
         The sum per head, `[H]`, and the number of queries it is taken over, `[]`; 0 and 0 without far keys.
     """
-    batch, heads, length, _ = query.shape
-    kv_heads = key.shape[1]
-    index = torch.arange(length, device=query.device)
-    positions = (index if position_ids is None else position_ids).expand(batch, length)
-    # Keys j < document_start[i] belong to another document.
-    document_start = index - positions
-    phi_q = linear_attention.feature_map_q(query * scale**0.5, positions).unflatten(1, (kv_heads, -1))
-    phi_k = linear_attention.feature_map_k(key * scale**0.5, positions).unsqueeze(2)
-    q, k = query.float().unflatten(1, (kv_heads, -1)), key.float().unsqueeze(2)
-    log_decay = _log_decay(linear_attention.gate, hidden_states, kv_heads, index)
-    window = min(linear_attention.window, sliding_window or linear_attention.window)
-    total = torch.zeros(kv_heads, heads // kv_heads, device=query.device)
-    count = torch.zeros((), device=query.device)
-    for start in range(window, length, QUERY_BLOCK):
-        rows, keys = (
-            slice(start, min(start + QUERY_BLOCK, length)),
-            slice(0, min(start + QUERY_BLOCK, length) - window),
-        )
-        i, j = index[rows, None], index[None, keys]
-        far = (j <= i - window) & (j >= document_start[:, rows, None])
-        if sliding_window is not None:
-            far = far & (j > i - sliding_window)
-        far = far[:, None, None]
-        logits = scale * q[..., rows, :] @ k[..., keys, :].mT
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+    length = len(keys.index)
+    heads = keys.query.shape[1]
+    total = torch.zeros(keys.num_kv_heads, heads // keys.num_kv_heads, device=keys.index.device)
+    count = torch.zeros((), device=keys.index.device)
+    for start in range(keys.window, length, QUERY_BLOCK):
+        rows = keys.index[start : start + QUERY_BLOCK]
+        logits, weights, far, _ = keys.pairs(rows, int(rows[-1]) + 1 - keys.window)
         log_softmax_mass = logits.masked_fill(~far, -torch.inf).logsumexp(-1)
-        weights = linear_attention.a + linear_attention.b * (phi_q[..., rows, :] @ phi_k[..., keys, :].mT)
-        if log_decay is not None:
-            entered = log_decay[..., rows.start - window : rows.stop - window, None]
-            weights = weights * (entered - log_decay[..., None, keys]).clamp(max=0).exp()[:, :, None]
-        log_linear_mass = weights.masked_fill(~far, 0).sum(-1).clamp_min(SMALLEST_MASS).log()
+        log_linear_mass = weights.masked_fill(~far, 0).sum(-1).clamp_min(SMALLEST_WEIGHT).log()
         has_far = far.any(-1)
         total += (log_softmax_mass - log_linear_mass).masked_fill(~has_far, 0).sum((0, 3))
         count += has_far.sum()
     return total.flatten(), count
-
-
-def _log_decay(gate, hidden_states, kv_heads: int, index: Tensor) -> Tensor | None:
-    """G, the cumulative log decay, `[B or 1, H_kv, T]` fp32; None without a gate."""
-    if gate is None:
-        return None
-    values = gate(hidden_states)
-    if "g_gamma" in values:
-        return (values["g_gamma"][:, None] * (index + 1)).unsqueeze(0)
-    return values["g"].transpose(1, 2).cumsum(-1)

@@ -41,6 +41,9 @@ class TransferConfig(Section):
         clip: norm to which each layer's gradient is clipped; layers are independent, so each is clipped alone.
         loss: `normalized_mse` divides each layer's squared error by its teacher's mean square, which makes layers
             comparable; `mse` does not.
+        weights_loss: weight of the divergence between the attention weights themselves (attention_weights.py), taken
+            over `weights_queries` queries a row drawn for each step; 0 leaves it out.
+        repeat_fraction: share of the rows in which earlier spans come again (repeats.py), so that recall is asked for.
         calibrate: set `log_scale` in closed form from the first batch before training.
     """
 
@@ -55,6 +58,9 @@ class TransferConfig(Section):
     schedule: Schedule = "cosine"
     clip: Annotated[float, Field(gt=0)] = 1.0
     loss: Literal["normalized_mse", "mse"] = "normalized_mse"
+    weights_loss: Rate = 0.0
+    weights_queries: Count = 128
+    repeat_fraction: Fraction = 0.0
     calibrate: bool = True
 
 
@@ -72,6 +78,7 @@ class TrainingConfig(Section):
         full: train weights themselves instead of LoRA.
         warmup: fraction of the steps.
         attention_dropout: p of the dropout substitute at the start, annealed to 0 by `attention_dropout_schedule`.
+        repeat_fraction: share of the rows in which earlier spans come again (repeats.py).
     """
 
     tokens: Tokens = 25_000_000
@@ -95,6 +102,7 @@ class TrainingConfig(Section):
     clip: Annotated[float, Field(gt=0)] = 1.0
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     attention_dropout_schedule: Schedule = "linear"
+    repeat_fraction: Fraction = 0.0
 
     @model_validator(mode="after")
     def _long_rows_share_the_batch(self):

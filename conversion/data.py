@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_linattn.conversion.repeats import with_repeats
 from hf_linattn.errors import UserError
 
 IGNORED_TARGET = -100
@@ -76,13 +77,15 @@ class RowSampler:
         corpus (`Corpus`): what the rows are cut from.
         sequence_length (`int`): tokens per row.
         seed (`int`): of the order.
+        repeat_fraction (`float`): share of the rows in which earlier spans come again (repeats.py).
 
     Raises:
         UserError: fewer tokens than one row.
     """
 
-    def __init__(self, corpus: Corpus, sequence_length: int, seed: int):
+    def __init__(self, corpus: Corpus, sequence_length: int, seed: int, repeat_fraction: float = 0.0):
         self.corpus, self.sequence_length, self.seed = corpus, sequence_length, seed
+        self.repeat_fraction = repeat_fraction
         self.num_rows = len(corpus) // sequence_length
         if self.num_rows == 0:
             raise UserError(
@@ -93,8 +96,14 @@ class RowSampler:
 
     def batch(self, first: int, batch_size: int) -> Batch:
         """Rows number `first` to `first + batch_size - 1` of the endless seeded sequence of rows."""
-        rows = [self._order(n // self.num_rows)[n % self.num_rows] for n in range(first, first + batch_size)]
-        return stack_rows(self.corpus, rows, self.sequence_length)
+        numbers = range(first, first + batch_size)
+        rows = [self._order(n // self.num_rows)[n % self.num_rows] for n in numbers]
+        batch = stack_rows(self.corpus, rows, self.sequence_length)
+        for i, n in enumerate(numbers):
+            # Spread evenly, so that every batch has its share.
+            if int((n + 1) * self.repeat_fraction) > int(n * self.repeat_fraction):
+                _repeat_row(batch, i, np.random.default_rng((self.seed, n)))
+        return batch
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
@@ -113,6 +122,14 @@ def stack_rows(corpus: Corpus, rows: Iterable[int], sequence_length: int) -> Bat
     follows = position_ids[:, 1:] != 0
     targets[:, :-1][follows] = input_ids[:, 1:][follows]
     return Batch(input_ids, position_ids, targets)
+
+
+def _repeat_row(batch: Batch, row: int, rng: np.random.Generator) -> None:
+    """Rewrites one row of `batch` as one document with repeats."""
+    ids = torch.from_numpy(with_repeats(batch.input_ids[row].numpy(), rng))
+    batch.input_ids[row] = ids
+    batch.position_ids[row] = torch.arange(len(ids))
+    batch.targets[row, :-1] = ids[1:]
 
 
 def prepare_corpus(

@@ -19,6 +19,7 @@ from hf_linattn.conversion.corpus_source import check_row_length, open_corpus, s
 from hf_linattn.conversion.data import Batch, Corpus, stack_rows
 from hf_linattn.conversion.distillation_loss import distillation_loss
 from hf_linattn.conversion.execution import choose_dtype, make_accelerator, repeatable
+from hf_linattn.conversion.packed_softmax import packed_softmax
 from hf_linattn.conversion.result_folder import (
     SUMMARY_FILE,
     VALIDATION,
@@ -96,7 +97,8 @@ def finetune(
                 row_length=row_length,
                 seed=config.seed,
             )
-            model = _train(accelerator, model, corpus, held_out, config, run, dtype, row_length, folder)
+            with packed_softmax(model, dtype):
+                model = _train(accelerator, model, corpus, held_out, config, run, dtype, row_length, folder)
         summary = summarize(output.name, run, identity, model, accelerator, config) | _origin(folder)
         if accelerator.is_main_process:
             write_folder(output, lambda temporary: fill_folder(temporary, model, tokenizer, config, run, summary))

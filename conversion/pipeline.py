@@ -4,6 +4,7 @@ load -> linearize -> attention transfer -> logit distillation -> merge LoRA -> s
 is another command, so that conversion does not depend on evals.
 """
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hf_linattn.conversion.config import ConversionConfig
 from hf_linattn.conversion.corpus_source import check_row_length, open_corpus, source_identity
 from hf_linattn.conversion.data import Corpus
 from hf_linattn.conversion.execution import choose_dtype, make_accelerator, repeatable
+from hf_linattn.conversion.packed_softmax import packed_softmax
 from hf_linattn.conversion.result_folder import VALIDATION, fill_folder, finished, source_name, summarize
 from hf_linattn.conversion.run_state import RunState, open_run
 from hf_linattn.conversion.saving import check_disk_space, check_output, write_folder
@@ -88,8 +90,9 @@ def convert(
                     row_length=config.longest_row,
                     seed=config.seed,
                 )
-            transfer(accelerator, student, corpus, held_out, config, run, dtype)
-            student = distil(accelerator, student, corpus, held_out, config, run, dtype, (model, gguf_file))
+            with packed_softmax(student, dtype):
+                transfer(accelerator, student, corpus, held_out, config, run, dtype)
+                student = distil(accelerator, student, corpus, held_out, config, run, dtype, (model, gguf_file))
         summary = summarize(output.name, run, identity, student, accelerator, config)
         if accelerator.is_main_process:
             write_folder(output, lambda folder: fill_folder(folder, student, tokenizer, config, run, summary))
@@ -151,22 +154,23 @@ def distil(
         teacher, _ = load_model(source[0], dtype=dtype, device=accelerator.device, gguf_file=source[1])
         teacher.requires_grad_(False)
     student = make_trainable(model, settings, seed=config.seed)
-    prepared = logit_distillation.distill_logits(
-        accelerator,
-        student,
-        corpus,
-        settings,
-        run,
-        dtype=dtype,
-        teacher=teacher,
-        seed=config.seed,
-        checkpoint_every=config.checkpoint_every,
-        first_step=run.first_step(logit_distillation.STAGE, STAGES),
-    )
-    if accelerator.distributed_type in SHARDED:
-        return _merged_from_checkpoint(accelerator, run, model, config, dtype, source)
-    student = accelerator.unwrap_model(prepared)
-    _validate(accelerator, run, student, held_out, config, dtype, after=logit_distillation.STAGE, teacher=teacher)
+    with packed_softmax(teacher, dtype) if settings.full else contextlib.nullcontext():
+        prepared = logit_distillation.distill_logits(
+            accelerator,
+            student,
+            corpus,
+            settings,
+            run,
+            dtype=dtype,
+            teacher=teacher,
+            seed=config.seed,
+            checkpoint_every=config.checkpoint_every,
+            first_step=run.first_step(logit_distillation.STAGE, STAGES),
+        )
+        if accelerator.distributed_type in SHARDED:
+            return _merged_from_checkpoint(accelerator, run, model, config, dtype, source)
+        student = accelerator.unwrap_model(prepared)
+        _validate(accelerator, run, student, held_out, config, dtype, after=logit_distillation.STAGE, teacher=teacher)
     return merged(student, dtype)
 
 

@@ -77,7 +77,9 @@ def train(
     if first_step:
         run.load(module, optimizer.optimizer)
     prepared.train()
-    samplers = [RowSampler(corpus, phase.sequence_length, stage_seed(seed, stage)) for phase in phases]
+    samplers = [
+        RowSampler(corpus, phase.sequence_length, stage_seed(seed, stage), config.repeat_fraction) for phase in phases
+    ]
     with StageProgress(run, stage, num_steps, first_step) as progress:
         for step in range(first_step, num_steps):
             seed_step(seed, step, accelerator.process_index)

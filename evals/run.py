@@ -168,9 +168,10 @@ class _Request:
         return settings | {"recall_lengths": list(self.recall_lengths), "local_data": self.task_data is not None}
 
     def parts(self, variants: list[str]) -> list[_Part]:
-        names = list(self.tasks)
-        names += [PPL] if self.documents is not None else []
+        # The quick ones first, and those that tell most.
+        names = [PPL] if self.documents is not None else []
         names += list(RECALL) if self.recall_lengths else []
+        names += self.tasks
         return [_Part(variant, name) for variant in variants for name in names]
 
     def check_tasks(self) -> dict[str, dict[str, str]]:

@@ -39,6 +39,7 @@ class LinearAttention(nn.Module):
         config (`LinearAttentionConfig`): the attention form.
         num_heads, num_kv_heads, head_dim (`int`): of the layer.
         hidden_size (`int`): width of the layer's input, read by a data-dependent gate.
+        window (`int`): of this layer.
         max_positions (`int`, *optional*): the model's longest sequence, read by position-dependent feature maps.
     """
 
@@ -49,10 +50,11 @@ class LinearAttention(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         hidden_size: int,
+        window: int,
         max_positions: int | None = None,
     ):
         super().__init__()
-        self.window, self.normalize = config.window, config.normalize
+        self.window, self.normalize = window, config.normalize
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         # The control of every evaluation: False leaves the softmax window alone (hf_linattn.window_only).
         self.linear_branch = True

@@ -145,6 +145,41 @@ def finetune(
     logger.info("%s is complete; to score it: hf-linattn eval %s -o %s", output, output, output)
 
 
+@app.command("select-layers")
+def select_layers(
+    model: Model,
+    count: Annotated[int, typer.Option(help="How many layers to keep softmax.", min=1)],
+    data: TrainingText = None,
+    window: Annotated[int, typer.Option(help="Window of the other layers.", min=1)] = 64,
+    rows: Annotated[int, typer.Option(help="Rows of text that layers are compared on.", min=1)] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a row.", min=2)] = 2048,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file of the whole search.")] = None,
+    device: Device = None,
+    seed: Seed = None,
+) -> None:
+    """Find the layers of MODEL that should stay softmax, those that recall and perplexity miss most."""
+    import json
+
+    from hf_linattn.conversion.config import DataConfig
+    from hf_linattn.conversion.execution import choose_dtype
+    from hf_linattn.conversion.layer_selection import select_layers as run_selection
+    from hf_linattn.info import check_device
+    from hf_linattn.loading import load_model
+
+    if model is None:
+        raise UserError("MODEL: expected a Hub id, folder or .gguf file, got none")
+    place = check_device(device)
+    dtype = choose_dtype("auto", place)
+    teacher, tokenizer = load_model(model, dtype=dtype, device=place)
+    text = DataConfig() if data is None else DataConfig().with_source(data)
+    layers, rounds = run_selection(
+        teacher, tokenizer, text, count, dtype=dtype, window=window, rows=rows, sequence_length=length, seed=seed or 0
+    )
+    if output is not None:
+        output.write_text(json.dumps({"model": model, "window": window, "rounds": rounds}) + "\n", encoding="utf-8")
+    typer.echo(f"to convert with them: --set attention.softmax_layers={list(layers)}")
+
+
 @app.command("eval")
 def evaluate(
     folder: Folder,

@@ -25,6 +25,8 @@ class LinearAttentionConfig:
         feature_map_kwargs (`dict`): options of the feature map, e.g. `{"feature_dim": 32}`.
         window (`int`, defaults to 64): number of most recent keys, the query's own included, that keep exact softmax.
             0 = no window: pure linear attention.
+        layer_windows (`dict[int, int]`): layer index -> window, for layers whose window differs from `window`. Layers
+            that recall gain from a long one, at a constant cost in memory.
         softmax_layers (`tuple[int, ...]`): indices of the layers left as they are.
         decay (`str`, *optional*): `None`, `"fixed"` (one learned decay per KV head) or `"scalar"` (per token and KV
             head, computed from the layer's hidden states).
@@ -43,6 +45,7 @@ class LinearAttentionConfig:
     feature_map: FeatureMapName = "hedgehog"
     feature_map_kwargs: dict[str, Any] = field(default_factory=dict)
     window: int = 64
+    layer_windows: dict[int, int] = field(default_factory=dict)
     softmax_layers: tuple[int, ...] = ()
     decay: DecayName | None = None
     normalize: bool = True
@@ -64,6 +67,7 @@ class LinearAttentionConfig:
                 "normalize: a softmax window shares its denominator with the linear part, so normalize must be True "
                 f"when window > 0, got normalize={self.normalize!r} with window={self.window}; change one"
             )
+        object.__setattr__(self, "layer_windows", _read_layer_windows(self.layer_windows, self.window))
         if isinstance(self.softmax_layers, (str, bytes)) or not hasattr(self.softmax_layers, "__iter__"):
             raise ValueError(f"softmax_layers: expected a list of layer indices, got {self.softmax_layers!r}")
         layers = list(self.softmax_layers)
@@ -76,6 +80,10 @@ class LinearAttentionConfig:
                 raise ValueError(f"{name}: expected a number or None, got {value!r}")
         if self.dropout is not None and not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout: expected a number in [0, 1) or None, got {self.dropout!r}")
+
+    def window_of(self, layer: int) -> int:
+        """Window of a converted layer."""
+        return self.layer_windows.get(layer, self.window)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dict, every field included so that later defaults cannot change a saved model."""
@@ -93,6 +101,26 @@ class LinearAttentionConfig:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
                 raise ValueError(f"linear_attention_config: unknown key {key!r}{hint}")
         return cls(**values)
+
+
+def _read_layer_windows(windows: Any, default: int) -> dict[int, int]:
+    """`windows` by ascending layer; JSON has turned the keys into strings."""
+    if not isinstance(windows, dict):
+        raise ValueError(f"layer_windows: expected a dict of layer index to window, got {windows!r}")
+    found = {}
+    for key, window in windows.items():
+        layer = int(key) if isinstance(key, str) and key.isdecimal() else key
+        if not _is_int(layer) or layer < 0 or not _is_int(window) or window < 1:
+            raise ValueError(
+                f"layer_windows: expected layer indices >= 0 and windows >= 1, got {key!r}: {window!r}; correct it"
+            )
+        found[layer] = window
+    if found and not default:
+        raise ValueError(
+            "layer_windows: expected {} together with window=0, since layers either all share their denominator with "
+            f"a window or none does, got {found}; set window to 1 or more"
+        )
+    return dict(sorted(found.items()))
 
 
 def _check_choice(name: str, value, allowed) -> None:

@@ -48,24 +48,64 @@ class FeatureMap(nn.Module):
 
 
 class HedgehogFeatureMap(FeatureMap):
-    """[softmax(x W), softmax(-x W)] (Hedgehog, arXiv 2402.04347; W starts as the identity).
+    """e^{m(x)} [softmax(y), softmax(-y)], y = x W (Hedgehog, arXiv 2402.04347; W starts as the identity).
+
+    The original features sum to a constant, so that every query reads as much from far away and every key weighs as
+    much there. With `magnitude` both depend on the token: m(x) = x.u + bias, which starts at 0.
 
     Args:
         feature_dim (`int`, *optional*): columns of W per head, the map has twice as many features; default head_dim.
+        magnitude (`bool`, defaults to `False`): learn m(x); without it m is 0.
+        hidden_dim (`int`, defaults to 0): width of a residual silu(x W1) W2 added to y, which starts at 0; 0 for none.
+        seed (`int`, defaults to 0): of the initial W1.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None):
+    # e^20 twice times a million keys is still finite in float32.
+    max_magnitude = 20.0
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        feature_dim: int | None = None,
+        magnitude: bool = False,
+        hidden_dim: int = 0,
+        seed: int = 0,
+    ):
         super().__init__(num_heads, head_dim)
         columns = _positive("feature_dim", feature_dim or head_dim)
-        self.feature_dim = 2 * columns
+        self.feature_dim, self.magnitude, self.seed = 2 * columns, bool(magnitude), seed
+        self.hidden_dim = _positive("hidden_dim", hidden_dim) if hidden_dim else 0
         self.weight = self._per_head_weight(columns)
+        if self.magnitude:
+            self.magnitude_weight = self._per_head_weight(1)
+            self.magnitude_bias = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
+        if self.hidden_dim:
+            self.hidden_weight = self._per_head_weight(self.hidden_dim)
+            self.output_weight = nn.Parameter(torch.empty(num_heads * self.hidden_dim, columns, dtype=torch.float32))
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         self._init_identity(self.weight)
+        if self.magnitude:
+            init.zeros_(self.magnitude_weight)
+            init.zeros_(self.magnitude_bias)
+        if self.hidden_dim:
+            generator = torch.Generator().manual_seed(self.seed)
+            rows = torch.randn(self.num_heads * self.head_dim, self.hidden_dim, generator=generator)
+            init.copy_(self.hidden_weight, rows.mul(self.head_dim**-0.5).to(self.hidden_weight.device))
+            init.zeros_(self.output_weight)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         y = self._project(x, self.weight)
-        return torch.cat([y.softmax(-1), y.neg().softmax(-1)], -1)
+        if self.hidden_dim:
+            hidden = F.silu(self._project(x, self.hidden_weight))
+            y = y + hidden @ self.output_weight.float().view(-1, self.hidden_dim, y.shape[-1])
+        features = torch.cat([y.softmax(-1), y.neg().softmax(-1)], -1)
+        if not self.magnitude:
+            return features
+        size = self._project(x, self.magnitude_weight) + self.magnitude_bias.float()[:, None, None]
+        return features * size.clamp(-self.max_magnitude, self.max_magnitude).exp()
 
 
 class T2RFeatureMap(FeatureMap):

@@ -5,7 +5,7 @@ layers, and mask building, keep the implementation the model was loaded with.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -57,13 +57,14 @@ def attach(model: PreTrainedModel) -> None:
     """
     config = LinearAttentionConfig.from_dict(model.config.linear_attention_config)
     modules = attention_modules(model)
-    if unknown := sorted(set(config.softmax_layers) - set(modules)):
-        raise ValueError(f"softmax_layers: {unknown} are not layers of this model, which has 0 to {max(modules)}")
+    for name in ("softmax_layers", "layer_windows"):
+        if unknown := sorted(set(getattr(config, name)) - set(modules)):
+            raise ValueError(f"{name}: {unknown} are not layers of this model, which has 0 to {max(modules)}")
     model.softmax_implementation = model.config._attn_implementation
     for i, module in modules.items():
         if i in config.softmax_layers:
             continue
-        module.linear_attention = _build(config, model.config, module)
+        module.linear_attention = _build(config, model.config, module, config.window_of(i))
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = ATTENTION_NAME
         module.register_forward_pre_hook(_give_state, with_kwargs=True)
@@ -85,7 +86,7 @@ def detach(model: PreTrainedModel) -> None:
         del model.softmax_implementation
 
 
-def _build(config: LinearAttentionConfig, model_config, module: nn.Module) -> LinearAttention:
+def _build(config: LinearAttentionConfig, model_config, module: nn.Module, window: int) -> LinearAttention:
     num_heads = model_config.num_attention_heads
     # Of the module, not the config: some configs carry a num_key_value_heads that their model does not read.
     num_kv_heads = num_heads // getattr(module, "num_key_value_groups", 1)
@@ -97,6 +98,7 @@ def _build(config: LinearAttentionConfig, model_config, module: nn.Module) -> Li
             num_kv_heads,
             head_dim,
             model_config.hidden_size,
+            window,
             getattr(model_config, "max_position_embeddings", None),
         )
 
@@ -121,10 +123,17 @@ def _route_masks(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def dispatch_to(model: nn.Module, name: str) -> Iterator[None]:
-    """Within: converted layers call the AttentionInterface entry `name`, with the masks of the model's own softmax."""
+def dispatch_to(model: nn.Module, name: str, layers: Collection[int] | None = None) -> Iterator[None]:
+    """Within: converted layers call the AttentionInterface entry `name`, with the masks of the model's own softmax.
+
+    `layers` are the indices of those that do, by default all; the others stay linear.
+    """
     model = _converted_model(model)
-    modules = [m for m in attention_modules(model).values() if hasattr(m, "linear_attention")]
+    modules = [
+        m
+        for i, m in attention_modules(model).items()
+        if hasattr(m, "linear_attention") and (layers is None or i in layers)
+    ]
     before = model.config._attn_implementation_internal
     try:
         model.config._attn_implementation_internal = model.softmax_implementation
@@ -138,9 +147,12 @@ def dispatch_to(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def softmax_attention(model: nn.Module) -> Iterator[None]:
-    """Within: converted layers run the softmax attention they had, so the same weights give the teacher."""
-    with dispatch_to(model, _converted_model(model).softmax_implementation):
+def softmax_attention(model: nn.Module, layers: Collection[int] | None = None) -> Iterator[None]:
+    """Within: converted layers, or those in `layers`, run the softmax attention they had.
+
+    For all of them, the same weights give the teacher.
+    """
+    with dispatch_to(model, _converted_model(model).softmax_implementation, layers):
         yield
 
 

@@ -9,17 +9,18 @@ from torch import Tensor
 
 # Relative root-mean-square error to the float64 reference, by dtype and kind of output: of the PyTorch forms,
 PYTORCH = {
-    torch.bfloat16: {"o": 4.5e-3, "state": 4.5e-3, "dq": 1.5e-2, "grad": 9e-3, "gate": 3.8e-2},
-    torch.float16: {"o": 4e-4, "state": 6e-7, "dq": 9e-4, "grad": 8e-4, "gate": 1.8e-3},
-    torch.float32: {"o": 7e-7, "state": 9e-7, "dq": 2.6e-6, "grad": 1e-6, "gate": 3.6e-4},
-    torch.float64: {"o": 4.5e-15, "state": 8.5e-15, "dq": 4.8e-15, "grad": 8e-15, "gate": 4e-15},
+    torch.bfloat16: {"o": 4.5e-3, "state": 4.5e-3, "dq": 1.5e-2, "grad": 9e-3, "gate": 3.8e-2, "log_scale": 3.8e-2},
+    torch.float16: {"o": 4e-4, "state": 6e-7, "dq": 9e-4, "grad": 8e-4, "gate": 1.8e-3, "log_scale": 1.8e-3},
+    torch.float32: {"o": 7e-7, "state": 9e-7, "dq": 2.6e-6, "grad": 1e-6, "gate": 3.6e-4, "log_scale": 3.6e-4},
+    torch.float64: {"o": 4.5e-15, "state": 8.5e-15, "dq": 4.8e-15, "grad": 8e-15, "gate": 4e-15, "log_scale": 4e-15},
 }
 # and of the compiled kernels: bfloat16 operands stay bfloat16, float16 ones are multiplied as tf32, float32 ones as
-# three products of tf32 numbers.
+# three products of tf32 numbers. dlog_scale sums phi_q . dphi_q over a sequence, whose terms nearly cancel where far
+# keys weigh little.
 COMPILED = {
-    torch.bfloat16: PYTORCH[torch.bfloat16] | {"o": 5.8e-3, "grad": 2e-2, "gate": 2.6e-2},
-    torch.float16: {"o": 6e-4, "state": 6e-4, "dq": 2e-3, "grad": 2e-3, "gate": 1.2e-3},
-    torch.float32: {"o": 9e-7, "state": 1.2e-6, "dq": 2e-5, "grad": 1.7e-6, "gate": 3e-5},
+    torch.bfloat16: PYTORCH[torch.bfloat16] | {"o": 5.8e-3, "grad": 2e-2, "gate": 2.6e-2, "log_scale": 1.8e-1},
+    torch.float16: {"o": 6e-4, "state": 6e-4, "dq": 2e-3, "grad": 2e-3, "gate": 1.2e-3, "log_scale": 9.2e-3},
+    torch.float32: {"o": 9e-7, "state": 1.2e-6, "dq": 2e-5, "grad": 1.7e-6, "gate": 3e-5, "log_scale": 3e-5},
 }
 TOLERANCES = {"reference": PYTORCH, "chunked": PYTORCH, "quadratic": PYTORCH, "cuda": COMPILED}
 # A gradient that cancels exactly (of a sum that normalising divides away) leaves only rounding.
@@ -39,7 +40,9 @@ def output_kind(name: str) -> str:
         return "state"
     if name in ("dq", "dphi_q"):
         return "dq"
-    return "gate" if name in ("dg", "dg_gamma", "dlog_scale") else "grad"
+    if name == "dlog_scale":
+        return "log_scale"
+    return "gate" if name in ("dg", "dg_gamma") else "grad"
 
 
 def rms(x: Tensor) -> float:

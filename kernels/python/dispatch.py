@@ -18,8 +18,6 @@ from hf_linattn.kernels.cuda_library import compiled_kernels_problem
 
 BACKENDS = ("reference", "chunked", "cuda")
 BACKEND_VARIABLE = "HF_LINATTN_BACKEND"
-# Their compiled kernels agree with the reference in the CPU emulation, but have not run on a GPU: not chosen unasked.
-UNPROVEN_OPS = ("window_linear_attention", "window_linear_attention_step")
 
 _dispatch_logger = logging.getLogger("hf_linattn.kernels")
 _dispatch_logged: set[tuple[str, str, str, str]] = set()
@@ -90,8 +88,6 @@ def explain(
             raise ValueError(f"backend: 'cuda' was asked for by the {origin}, but {problem}; use 'chunked'")
         return backend, f"chosen by the {origin}"
     default = _default_for(device, dtype)
-    if problem is None and op in UNPROVEN_OPS:
-        problem = f"the compiled kernels of {op} have not run on a GPU yet; backend 'cuda' takes them"
     return ("cuda", f"{default}: the compiled kernels") if problem is None else ("chunked", f"{default}: {problem}")
 
 

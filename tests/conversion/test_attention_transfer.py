@@ -14,9 +14,11 @@ from hf_linattn.conversion.attention_transfer import (
     transfer_attention,
     transfer_loss,
 )
+from hf_linattn.conversion.attention_weights import attention_weights_divergence
 from hf_linattn.conversion.calibration import sum_log_mass_ratio
 from hf_linattn.conversion.config import TransferConfig
 from hf_linattn.conversion.data import stack_rows
+from hf_linattn.conversion.far_keys import FarKeys
 from hf_linattn.errors import UserError
 
 
@@ -125,7 +127,7 @@ def test_log_scale_starts_where_the_masses_agree(accelerator, corpus, decay):
     attention = module.linear_attention
     with torch.no_grad():
         total, count = sum_log_mass_ratio(
-            attention, query, key, scale=scaling, position_ids=batch.position_ids, hidden_states=hidden_states
+            FarKeys(attention, query, key, scale=scaling, position_ids=batch.position_ids, hidden_states=hidden_states)
         )
         expected, queries = torch.zeros(4), 0
         phi_q = attention.feature_map_q(query * scaling**0.5, batch.position_ids)
@@ -154,6 +156,72 @@ def test_log_scale_starts_where_the_masses_agree(accelerator, corpus, decay):
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
     values = calibrate_log_scale(accelerator, model, batch)
     assert set(values) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(("decay", "softcap"), [(None, None), ("scalar", None), (None, 2.0)])
+def test_weights_divergence_is_the_kl_of_all_weights(decay, softcap):
+    """Against both distributions written out, query by query; every query drawn, so that the sample is the whole."""
+    attention = linear_attention_modules(converted(decay=decay))[1]
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, heads, 12, 8, generator=generator) for heads in (4, 2))
+    hidden_states = torch.randn(2, 12, 32, generator=generator)
+    positions = torch.tensor([[*range(12)], [*range(5), *range(7)]])
+    with torch.no_grad():
+        attention.log_scale.normal_(generator=generator)
+        phi_q = attention.feature_map_q(query * 0.5**0.5, positions)
+        phi_k = attention.feature_map_k(key * 0.5**0.5, positions)
+    options = {"scale": 0.5, "position_ids": positions, "hidden_states": hidden_states, "softcap": softcap}
+    keys = FarKeys(attention, query, key, **options)
+    g = attention.gate(hidden_states)["g"] if decay else torch.zeros(2, 12, 2)
+    expected = {}
+    for row in range(2):
+        for i in range(4, 12):
+            first = i - int(positions[row, i])
+            for head in range(4):
+                teacher, student = [], []
+                for j in range(first, i + 1):
+                    logit = 0.5 * query[row, head, i] @ key[row, head // 2, j]
+                    logit = logit if softcap is None else softcap * torch.tanh(logit / softcap)
+                    teacher.append(logit)
+                    far = attention.log_scale[head] + torch.log(phi_q[row, head, i] @ phi_k[row, head // 2, j])
+                    student.append(far + g[row, j + 1 : i - 3, head // 2].sum() if j <= i - 4 else logit)
+                p, q = (torch.stack(x).log_softmax(-1) for x in (teacher, student))
+                if first <= i - 4:
+                    expected.setdefault(i, []).append((p.exp() * (p - q)).sum())
+    for i, parts in expected.items():
+        # One position at a time: the draw has only that one to choose from.
+        keys.index = torch.arange(12)
+        original = torch.randint
+        try:
+            torch.randint = lambda low, high, size, i=i, **kwargs: torch.full(size, i)
+            actual = attention_weights_divergence(attention, keys, 3)
+        finally:
+            torch.randint = original
+        torch.testing.assert_close(actual, torch.stack(parts).mean(), rtol=1e-4, atol=1e-5)
+    actual.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in attention.parameters())
+
+
+def test_weights_loss_brings_the_weights_closer(accelerator, corpus, run):
+    model = converted(feature_map_kwargs={"magnitude": True, "hidden_dim": 8})
+    batch = stack_rows(corpus, range(4), 64)
+
+    def divergence():
+        found = []
+
+        def measure(module, query, key, value, mask, scaling=None, **kwargs):
+            keys = FarKeys(module.linear_attention, query, key, scale=scaling, position_ids=batch.position_ids)
+            torch.manual_seed(0)
+            found.append(attention_weights_divergence(module.linear_attention, keys, 64).item())
+            return torch.zeros_like(query).transpose(1, 2), None
+
+        observe(model, measure, batch)
+        return sum(found) / len(found)
+
+    before = divergence()
+    config = transfer_config(20, weights_loss=1.0, weights_queries=16, repeat_fraction=0.25)
+    transfer_attention(accelerator, model, corpus, config, run)
+    assert divergence() < 0.9 * before
 
 
 def test_calibration_lowers_the_loss(accelerator, corpus):

@@ -11,6 +11,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from hf_linattn.conversion.config import DataConfig, SelfSamplingConfig
 from hf_linattn.conversion.data import IGNORED_TARGET, Corpus, RowSampler, prepare_corpus, stack_rows
 from hf_linattn.conversion.documents import read_documents, shuffle_buffered
+from hf_linattn.conversion.repeats import NEAREST_SOURCE, with_repeats
 from hf_linattn.conversion.self_data import sample_documents
 from hf_linattn.errors import UserError
 
@@ -208,3 +209,30 @@ def test_self_sampling_needs_a_token_to_start_from():
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(UserError, match="neither a beginning- nor an end-of-text token"):
         next(sample_documents(tiny_model(), tokenizer, SelfSamplingConfig(), tokens=9, sequence_length=20, seed=0))
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 64, 2000])
+def test_rows_with_repeats_copy_from_before(length):
+    ids = np.arange(length, dtype=np.uint16)
+    row = with_repeats(ids, np.random.default_rng(0))
+    assert row.shape == ids.shape
+    assert row.dtype == ids.dtype
+    copied = np.flatnonzero(row != ids)
+    assert (row[copied] < ids[copied]).all()
+    assert np.array_equal(row, with_repeats(ids, np.random.default_rng(0)))
+    if length == 2000:
+        assert 0.2 < len(copied) / length < 0.8
+        # A copied token is where it was first seen, or a copy of one: distances never fall below the nearest source.
+        assert (ids[copied] - row[copied])[copied > NEAREST_SOURCE * 8].min() >= NEAREST_SOURCE
+
+
+def test_the_share_of_rows_with_repeats_is_kept_in_every_batch():
+    corpus = Corpus(np.arange(4000, dtype=np.uint16), np.asarray([0, 30, 700, 2500]))
+    plain, mixed = RowSampler(corpus, 100, seed=0), RowSampler(corpus, 100, seed=0, repeat_fraction=0.25)
+    for first in (0, 4, 8):
+        a, b = plain.batch(first, 4), mixed.batch(first, 4)
+        changed = [i for i in range(4) if not np.array_equal(a.input_ids[i], b.input_ids[i])]
+        assert changed == [3]
+        assert b.position_ids[3].tolist() == list(range(100))
+        assert b.targets[3].tolist() == [*b.input_ids[3, 1:].tolist(), IGNORED_TARGET]
+        assert all(np.array_equal(x[:3], y[:3]) for x, y in zip(a, b, strict=True))

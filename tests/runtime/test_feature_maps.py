@@ -47,6 +47,21 @@ def test_hedgehog():
     assert torch.allclose(feature_map(x(), POSITIONS), torch.cat([y.softmax(-1), (-y).softmax(-1)], -1), atol=1e-6)
 
 
+def test_hedgehog_with_magnitude_and_hidden_layer_starts_as_hedgehog():
+    plain, extended = make("hedgehog"), make("hedgehog", magnitude=True, hidden_dim=5)
+    assert torch.equal(extended(x(), POSITIONS), plain(x(), POSITIONS))
+    with torch.no_grad():
+        for parameter in extended.parameters():
+            parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+    w, u = extended.weight.view(H, D, D), extended.magnitude_weight.view(H, D, 1)
+    w1, w2 = extended.hidden_weight.view(H, D, 5), extended.output_weight.view(H, 5, D)
+    y = x() @ w + torch.nn.functional.silu(x() @ w1) @ w2
+    size = (x() @ u + extended.magnitude_bias[:, None, None]).exp()
+    expected = size * torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)
+    assert torch.allclose(extended(x(), POSITIONS), expected, atol=1e-5)
+    assert extended(1e4 * x(), POSITIONS).isfinite().all()
+
+
 def test_t2r_elu_relu_identity():
     y = x()
     assert torch.allclose(make("t2r")(y, POSITIONS), (y * D**0.25).relu(), atol=1e-6)
@@ -101,6 +116,7 @@ def test_cosformer_reweights_by_distance():
     [
         ("elu", {"feature_dim": 3}, "'elu' has no option 'feature_dim'; its options: none"),
         ("hedgehog", {"dim": 3}, "'hedgehog' has no option 'dim'; its options: feature_dim"),
+        ("hedgehog", {"hidden_dim": -1}, "hidden_dim must be a positive integer, got -1"),
         ("hedgehog", {"feature_dim": -3}, "feature_dim must be a positive integer, got -3"),
         ("taylor", {"projection_dim": 1.5}, "projection_dim must be a positive integer"),
     ],
