@@ -6,6 +6,7 @@ import re
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -64,7 +65,12 @@ def _with_lora(model: PreTrainedModel, config: TrainingConfig, seed: int) -> Pef
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    return get_peft_model(model, settings)
+    student = get_peft_model(model, settings)
+    for module in student.modules():
+        if isinstance(module, BaseTunerLayer):
+            # Under autocast a copy of every input in the dtype of the masters would be cast back at once.
+            module.cast_input_dtype_enabled = False
+    return student
 
 
 def merged(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pathlib import Path
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel
@@ -9,7 +10,6 @@ from transformers import PreTrainedModel
 from hf_linattn.conversion.config import DataConfig
 from hf_linattn.conversion.data import Corpus, prepare_corpus, source_fingerprint, tokenizer_fingerprint
 from hf_linattn.conversion.documents import local_files, read_documents
-from hf_linattn.conversion.run_state import RunState
 from hf_linattn.conversion.self_data import sample_documents
 from hf_linattn.errors import UserError
 
@@ -24,7 +24,7 @@ def source_identity(config: DataConfig) -> list:
 
 def open_corpus(
     accelerator: Accelerator,
-    run: RunState,
+    folder: Path,
     config: DataConfig,
     model: PreTrainedModel,
     tokenizer,
@@ -36,6 +36,7 @@ def open_corpus(
     """(training, held out) corpus of at least one row each; `tokens` and `row_length` are what the stages will read.
 
     Args:
+        folder (`Path`): where the tokenised text is kept.
         model (`PreTrainedModel`): before conversion; it writes the text when `config.train` is `self`.
 
     Raises:
@@ -62,7 +63,6 @@ def open_corpus(
             report=lambda done: logger.info("data: %s of %s tokens sampled", f"{done:,}", f"{wanted:,}"),
         )
 
-    folder = run.folder / "data"
     if accelerator.is_main_process:
         prepare_corpus(folder, key, documents, tokenizer, wanted)
     accelerator.wait_for_everyone()

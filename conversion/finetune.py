@@ -89,7 +89,7 @@ def finetune(
             check_disk_space(output, model)
             corpus, held_out = open_corpus(
                 accelerator,
-                run,
+                run.folder / "data",
                 config.data,
                 model,
                 tokenizer,

@@ -77,28 +77,47 @@ def convert(
             teacher, tokenizer = load_model(model, dtype=dtype, device=accelerator.device, gguf_file=gguf_file)
             check_row_length(teacher, config.longest_row)
             check_disk_space(output, teacher)
-            student = linearize_or_explain(teacher, config)
-            # A corpus sampled from the model itself comes from the model before conversion.
-            with softmax_attention(student):
-                corpus, held_out = open_corpus(
-                    accelerator,
-                    run,
-                    config.data,
-                    student,
-                    tokenizer,
-                    tokens=config.tokens,
-                    row_length=config.longest_row,
-                    seed=config.seed,
-                )
-            with packed_softmax(student, dtype):
-                transfer(accelerator, student, corpus, held_out, config, run, dtype)
-                student = distil(accelerator, student, corpus, held_out, config, run, dtype, (model, gguf_file))
+            student = train_student(accelerator, run, config, teacher, tokenizer, (model, gguf_file), dtype)
         summary = summarize(output.name, run, identity, student, accelerator, config)
         if accelerator.is_main_process:
             write_folder(output, lambda folder: fill_folder(folder, student, tokenizer, config, run, summary))
         accelerator.wait_for_everyone()
         run.remove()
     return summary
+
+
+def train_student(
+    accelerator: Accelerator,
+    run: RunState,
+    config: ConversionConfig,
+    teacher: PreTrainedModel,
+    tokenizer,
+    source: tuple[str, str | None],
+    dtype: torch.dtype,
+    corpus_folder: Path | None = None,
+) -> PreTrainedModel:
+    """The stages of a conversion: `teacher`, converted in place, trained and merged.
+
+    Args:
+        source: (model, GGUF file) that `teacher` was loaded from, where a frozen copy of it is needed.
+        corpus_folder (`Path`, *optional*): where the tokenised text is kept; None keeps it with the run.
+    """
+    student = linearize_or_explain(teacher, config)
+    # A corpus sampled from the model itself comes from the model before conversion.
+    with softmax_attention(student):
+        corpus, held_out = open_corpus(
+            accelerator,
+            corpus_folder or run.folder / "data",
+            config.data,
+            student,
+            tokenizer,
+            tokens=config.tokens,
+            row_length=config.longest_row,
+            seed=config.seed,
+        )
+    with packed_softmax(student, dtype):
+        transfer(accelerator, student, corpus, held_out, config, run, dtype)
+        return distil(accelerator, student, corpus, held_out, config, run, dtype, source)
 
 
 def linearize_or_explain(model: PreTrainedModel, config: ConversionConfig) -> PreTrainedModel:

@@ -24,9 +24,13 @@ from hf_linattn.cli_options import (
     Overwrite,
     Resume,
     Seed,
+    Source,
     TaskData,
     Text,
     TrainingText,
+    read_list,
+    read_numbers,
+    with_seed,
 )
 from hf_linattn.errors import UserError
 
@@ -78,7 +82,7 @@ def convert(
     """Linearize MODEL, distil it, merge, save, evaluate and report: from checkpoint to scored folder."""
     from hf_linattn.conversion.config import load_recipe
 
-    config = load_recipe(recipe or _pick_recipe(model, device), _with_seed(overrides, seed))
+    config = load_recipe(recipe or _pick_recipe(model, device), with_seed(overrides, seed))
     model = model or config.model
     if model is None:
         raise UserError(
@@ -134,7 +138,7 @@ def finetune(
     """Keep training a converted model on next tokens, with LoRA (merged at the end) or in full."""
     from hf_linattn.conversion.config import load_finetune_config
 
-    settings = load_finetune_config(config, _with_seed(overrides, seed))
+    settings = load_finetune_config(config, with_seed(overrides, seed))
     if dry_run:
         _print_settings(settings, f"{folder} -> {output}" + (f", data {data}" if data else ""))
         return
@@ -145,9 +149,44 @@ def finetune(
     logger.info("%s is complete; to score it: hf-linattn eval %s -o %s", output, output, output)
 
 
+@app.command()
+def ablate(
+    model: Source,
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file of all figures.")],
+    variants: Annotated[
+        list[str] | None,
+        typer.Option("--variant", metavar="'NAME A.B=C ...'", help="A name and its overrides; repeatable."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name (see `recipes`) or YAML file that all start from.")] = None,
+    overrides: Overrides = None,
+    data: TrainingText = None,
+    text: Text = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma separated; default: none.")] = None,
+    task_data: TaskData = None,
+    device: Device = None,
+    seed: Seed = None,
+) -> None:
+    """Train variants of a recipe one after the other and compare them; saves figures, not models."""
+    from hf_linattn.cli_search import ablate as run_ablation
+    from hf_linattn.cli_search import read_variants
+
+    run_ablation(
+        model,
+        read_variants(variants or ()),
+        output,
+        recipe=recipe,
+        overrides=with_seed(overrides, seed),
+        data=data,
+        text=text,
+        tasks=read_list(tasks) if tasks else (),
+        task_data=task_data,
+        device=device,
+    )
+
+
 @app.command("select-layers")
 def select_layers(
-    model: Model,
+    model: Source,
     count: Annotated[int, typer.Option(help="How many layers to keep softmax.", min=1)],
     data: TrainingText = None,
     window: Annotated[int, typer.Option(help="Window of the other layers.", min=1)] = 64,
@@ -158,26 +197,9 @@ def select_layers(
     seed: Seed = None,
 ) -> None:
     """Find the layers of MODEL that should stay softmax, those that recall and perplexity miss most."""
-    import json
+    from hf_linattn.cli_search import select_layers as run_selection
 
-    from hf_linattn.conversion.config import DataConfig
-    from hf_linattn.conversion.execution import choose_dtype
-    from hf_linattn.conversion.layer_selection import select_layers as run_selection
-    from hf_linattn.info import check_device
-    from hf_linattn.loading import load_model
-
-    if model is None:
-        raise UserError("MODEL: expected a Hub id, folder or .gguf file, got none")
-    place = check_device(device)
-    dtype = choose_dtype("auto", place)
-    teacher, tokenizer = load_model(model, dtype=dtype, device=place)
-    text = DataConfig() if data is None else DataConfig().with_source(data)
-    layers, rounds = run_selection(
-        teacher, tokenizer, text, count, dtype=dtype, window=window, rows=rows, sequence_length=length, seed=seed or 0
-    )
-    if output is not None:
-        output.write_text(json.dumps({"model": model, "window": window, "rounds": rounds}) + "\n", encoding="utf-8")
-    typer.echo(f"to convert with them: --set attention.softmax_layers={list(layers)}")
+    run_selection(model, count, data, window=window, rows=rows, length=length, output=output, device=device, seed=seed)
 
 
 @app.command("eval")
@@ -207,9 +229,9 @@ def evaluate(
 
     if resume and output is None:
         raise UserError("--resume: expected an output folder (-o) whose scores are kept, got none")
-    lengths = RECALL_LENGTHS if recall_lengths is None else _read_numbers("--recall-lengths", recall_lengths)
+    lengths = RECALL_LENGTHS if recall_lengths is None else read_numbers("--recall-lengths", recall_lengths)
     settings = {
-        "tasks": DEFAULT_TASKS if tasks is None else _read_list(tasks),
+        "tasks": DEFAULT_TASKS if tasks is None else read_list(tasks),
         "recall_lengths": lengths,
         "task_data": task_data,
         "limit": limit,
@@ -217,7 +239,7 @@ def evaluate(
         "reuse": resume,
     }
     if variants is not None:
-        settings["variants"] = _read_list(variants)
+        settings["variants"] = read_list(variants)
     score(folder, teacher, settings, report=output, text=text, device=device)
 
 
@@ -305,7 +327,7 @@ def bench(
 
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise UserError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
-    sizes = [_read_numbers("--shape", shape, 4) for shape in shapes or []]
+    sizes = [read_numbers("--shape", shape, 4) for shape in shapes or []]
     measure_ops(suite, sizes, backends=backends, skip=skip or (), dtype=dtype, runs=runs, output=output, device=device)
 
 
@@ -368,23 +390,7 @@ def _pick_recipe(model: str | None, device: str | None) -> str:
     return name
 
 
-def _with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
-    return [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
-
-
 def _print_settings(config, title: str) -> None:
     import yaml
 
     typer.echo(f"# {title}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}", nl=False)
-
-
-def _read_list(text: str) -> list[str]:
-    """The parts of a comma separated list; none of `none`."""
-    return [] if text == "none" else [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _read_numbers(option: str, text: str, count: int | None = None) -> list[int]:
-    parts = _read_list(text)
-    if not all(part.isdigit() and int(part) for part in parts) or len(parts) != (count or len(parts)):
-        raise UserError(f"{option}: expected {count or 'some'} positive numbers with commas between, got {text!r}")
-    return [int(part) for part in parts]

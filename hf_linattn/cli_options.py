@@ -1,10 +1,13 @@
-"""Arguments and options that several commands of the command line share."""
+"""Arguments and options that several commands of the command line share, and how their values are read."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hf_linattn.errors import UserError
+
+Source = Annotated[str, typer.Argument(help="Hub id, folder, folder with one GGUF file, or .gguf file.")]
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -31,3 +34,21 @@ TrainingText = Annotated[
     str | None,
     typer.Option("--data", help="Training text: Hub dataset id, parquet, JSON lines or text file, or `self`."),
 ]
+
+
+def with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
+    """`overrides` with the seed last, where one is given."""
+    return [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
+
+
+def read_list(text: str) -> list[str]:
+    """The parts of a comma separated list; none of `none`."""
+    return [] if text == "none" else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def read_numbers(option: str, text: str, count: int | None = None) -> list[int]:
+    """`count` positive integers, or any number of them. Raises UserError, which names `option`."""
+    parts = read_list(text)
+    if not all(part.isdigit() and int(part) for part in parts) or len(parts) != (count or len(parts)):
+        raise UserError(f"{option}: expected {count or 'some'} positive numbers with commas between, got {text!r}")
+    return [int(part) for part in parts]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from cli_runs import assert_refused, convert, left_behind, run, write_model, write_text
+from cli_runs import assert_refused, convert, left_behind, overrides, run, write_model, write_text
 from transformers import AutoModelForCausalLM
 
 import hf_linattn
@@ -282,3 +282,49 @@ def test_accelerate_launch(converted, text, tmp_path):
     result = process(*launch, "finetune", converted.folder, "-o", tmp_path / "tuned", "--data", text, *budget)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "tuned" / "config.json").is_file()
+
+
+def test_ablate_compares_variants_of_a_recipe(base, text, tmp_path):
+    output = tmp_path / "ablation.json"
+    result = run(
+        *("ablate", base, "-o", output, "--data", text, "--recipe", "quick", "--device", "cpu"),
+        *("--variant", "base", "--variant", "w8 attention.window=8 distillation.full=true"),
+        *overrides(),
+    )
+    assert result.exit_code == 0, result.output
+    for label in ("teacher", "base", "w8", "KL", "passkey"):
+        assert label in result.stdout
+    variants = json.loads(output.read_text())["variants"]
+    assert set(variants) == {"teacher", "base", "w8"}
+    assert variants["w8"]["overrides"] == ["attention.window=8", "distillation.full=true"]
+    assert set(variants["base"]["recall"]) == {"student", "window_only"}
+    assert variants["base"]["validation"] != variants["w8"]["validation"]
+    assert (
+        variants["base"]["ppl_by_position"]["window_only"].keys()
+        == variants["teacher"]["ppl_by_position"]["teacher"].keys()
+    )
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ((), "--variant: expected at least one"),
+        (("window=8",), "expected 'NAME A.B=C ...', a name of its own first, got 'window=8'"),
+        (("a", "a"), "expected every name once, got 'a' twice"),
+        (("a attention.windw=8",), "attention.window"),
+    ],
+)
+def test_ablate_refuses_before_it_trains(base, text, tmp_path, variants, message):
+    options = [part for variant in variants for part in ("--variant", variant)]
+    assert_refused(run("ablate", base, "-o", tmp_path / "a.json", "--data", text, *options, *overrides()), message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_select_layers_prints_an_override(base, text, tmp_path):
+    output = tmp_path / "layers.json"
+    options = ("--count", 2, "--window", 8, "--rows", 2, "--length", 64, "--device", "cpu", "-o", output)
+    result = run("select-layers", base, "--data", text, *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(output.read_text())
+    assert f"--set attention.softmax_layers={found['layers']}" in result.stdout
+    assert len(found["layers"]) == len(found["rounds"]) == 2

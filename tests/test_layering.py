@@ -18,7 +18,7 @@ FOLDERS = {
     "hf_linattn.recipes": "recipes",
 }
 UPPER_LAYERS = ("hf_linattn.conversion", "hf_linattn.evals", "hf_linattn.recipes")
-COMMAND_LINE = ("cli", "cli_evaluation", "cli_errors", "cli_options")
+COMMAND_LINE = ("cli", "cli_evaluation", "cli_search", "cli_errors", "cli_options")
 MAX_LINES = 400
 
 
