@@ -21,7 +21,7 @@ NONE_YET = "No result is committed yet. `hf-linattn convert` writes the same fig
 
 def results_block(folder: Path = RESULTS) -> str:
     """Markdown for every results file in `folder`: three lines each, and where they come from."""
-    files = sorted(path for path in folder.glob("*/*.json") if path.parent.name != "kernels")
+    files = sorted(path for path in folder.glob("*/*.json") if path.parent.name not in ("kernels", "ablations"))
     if not files:
         return NONE_YET
     lines = ["| recipe | measured | teacher | converted | its window alone |", "|---|---|---|---|---|"]
