@@ -25,6 +25,7 @@ from hf_linattn.cli_options import (
     Resume,
     Seed,
     Source,
+    Suite,
     TaskData,
     Text,
     TrainingText,
@@ -302,9 +303,8 @@ def push(
 
 @app.command()
 def bench(
-    suite: Annotated[
-        str, typer.Option(help="bars, sweep, paper, decode, errors or all; see evals/bench_suites.py.")
-    ] = "bars",
+    suite: Suite = "bars",
+    model: Annotated[str | None, typer.Option(help="For the suite generation: a converted model.")] = None,
     backends: Annotated[
         list[str] | None, typer.Option("--backend", help="Only this implementation, e.g. ours; repeatable.")
     ] = None,
@@ -323,8 +323,11 @@ def bench(
     device: Device = None,
 ) -> None:
     """Measure the ops here, next to PyTorch's softmax attention and, where installed, FLA and mlstm_kernels."""
-    from hf_linattn.cli_evaluation import measure_ops
+    from hf_linattn.cli_evaluation import measure_generation, measure_ops
 
+    if suite == "generation":
+        measure_generation(model, runs=runs, output=output, device=device)
+        return
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise UserError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
     sizes = [read_numbers("--shape", shape, 4) for shape in shapes or []]

@@ -139,6 +139,48 @@ def measure_ops(
         logger.info("wrote %s", ", ".join(map(str, (output, *plot_results(output)))))
 
 
+def measure_generation(model: str | None, *, runs: int, output: Path | None, device: str | None) -> None:
+    """Tokens a second and memory of `generate`, beside the softmax that the model had; print a table, keep JSON.
+
+    Args:
+        model (`str`, *optional*): a converted model; None is an error that says so.
+        runs (`int`): timed calls of each combination.
+        output (`Path`, *optional*): JSON file, rewritten after every row.
+        device (`str`, *optional*): None takes the accelerator, else the CPU.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_linattn.evals.generation import FIELDS, generation_speed
+    from hf_linattn.evals.results_file import checkout_commit, write_results
+
+    if model is None:
+        raise UserError("--model: expected a converted model for the suite generation, got none")
+    facts, where = model_facts(model), check_device(device)
+    loaded, _ = load_model(model, dtype=facts.dtype, device=where)
+    results = {
+        "model": Path(model).name,
+        "device": device_name(where),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": checkout_commit(),
+        "command": shlex.join(["hf-linattn", *sys.argv[1:]]),
+        "rows": [],
+    }
+    # Small where nothing but the path can be shown.
+    sizes = {} if where.type == "cuda" else {"contexts": (64, 256), "batches": (1,), "new_tokens": (2, 6)}
+    for row in generation_speed(loaded, runs=runs, **sizes):
+        results["rows"].append(row)
+        if output is not None:
+            write_results(output, results)
+    table = Table(*FIELDS)
+    for row in results["rows"]:
+        cells = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values())
+        table.add_row(*("" if cell == "None" else cell for cell in cells))
+    Console().print(table)
+
+
 def _write_report(folder: Path, results: dict) -> None:
     from hf_linattn.conversion.model_card import write_model_card
     from hf_linattn.evals.report import results_table, write_report

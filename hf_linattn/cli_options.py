@@ -17,6 +17,12 @@ Model = Annotated[
 Folder = Annotated[str, typer.Argument(help="A converted model: folder or Hub id.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting.")]
+Suite = Annotated[
+    str,
+    typer.Option(
+        help="bars, sweep, paper, decode, errors or all (see evals/bench_suites.py); generation for a whole model."
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the accelerator, else the CPU.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this output folder.")]
 Overwrite = Annotated[

@@ -328,3 +328,15 @@ def test_select_layers_prints_an_override(base, text, tmp_path):
     found = json.loads(output.read_text())
     assert f"--set attention.softmax_layers={found['layers']}" in result.stdout
     assert len(found["layers"]) == len(found["rounds"]) == 2
+
+
+def test_bench_measures_generation_of_a_converted_model(converted, tmp_path):
+    output = tmp_path / "generation.json"
+    options = ("--suite", "generation", "--runs", 1, "--device", "cpu", "-o", output)
+    assert_refused(run("bench", *options), "--model", "got none")
+    result = run("bench", "--model", converted.folder, *options)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(output.read_text())["rows"]
+    assert {(row["variant"], row["cache"]) for row in rows} == {
+        (variant, cache) for variant in ("softmax", "student") for cache in ("dynamic", "static")
+    }

@@ -1,0 +1,147 @@
+"""Tokens a second and memory of `generate`: a converted model beside the softmax it came from.
+
+Both are the same weights: `softmax` runs the attention that the layers had, with the ordinary key-value cache. Contexts
+are random tokens, read in pieces. A step's time is the difference of two calls that generate different numbers of tokens,
+so that prefill and what is done once drop out. `static` is Transformers' static cache, whose decode step it compiles.
+
+    tokens_per_s = batch (n_long - n_short) / (t_long - t_short)
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_linattn import softmax_attention
+
+MIB = 2**20
+PREFILL_TOKENS = 16384
+"""Tokens of all rows that prefill reads at once."""
+FIELDS = (
+    "variant",
+    "cache",
+    "batch",
+    "context",
+    "prefill_s",
+    "step_ms",
+    "tokens_per_s",
+    "cache_mib",
+    "peak_mib",
+    "note",
+)
+
+
+def generation_speed(
+    model: PreTrainedModel,
+    *,
+    contexts: Iterable[int] = (1024, 4096, 16384, 65536),
+    batches: Iterable[int] = (1, 16, 64),
+    caches: Iterable[str] = ("dynamic", "static"),
+    variants: Iterable[str] = ("softmax", "student"),
+    new_tokens: tuple[int, int] = (8, 40),
+    runs: int = 3,
+) -> Iterator[dict]:
+    """Measure each combination, row by row.
+
+    Args:
+        model (`PreTrainedModel`): converted, on the device to measure.
+        contexts, batches: prompt lengths in tokens, rows.
+        caches: "dynamic" and "static".
+        variants: "student", and "softmax" for the same weights with the attention they had.
+        new_tokens: the smaller and the larger number of generated tokens.
+        runs: timed calls, of which the median counts.
+
+    Yields:
+        Rows in the fields of `FIELDS`; `note` says why figures are missing, e.g. for want of memory. `peak_mib` is the
+        growth of the device's memory over the weights, None off CUDA.
+    """
+    model.eval()
+    for batch in batches:
+        for context in contexts:
+            for cache in caches:
+                for variant in variants:
+                    row = dict.fromkeys(FIELDS)
+                    row |= {"variant": variant, "cache": cache, "batch": batch, "context": context}
+                    with softmax_attention(model) if variant == "softmax" else contextlib.nullcontext():
+                        try:
+                            row |= _measure(model, batch, context, cache, new_tokens, runs)
+                        except torch.OutOfMemoryError:
+                            row["note"] = "out of memory"
+                    if model.device.type == "cuda":
+                        torch.cuda.empty_cache()
+                    torch.compiler.reset()
+                    yield row
+
+
+@torch.no_grad()
+def _measure(
+    model: PreTrainedModel, batch: int, context: int, cache: str, new_tokens: tuple[int, int], runs: int
+) -> dict[str, float | None]:
+    is_cuda = model.device.type == "cuda"
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (batch, context), generator=generator).to(model.device)
+    before = _start_counting(is_cuda)
+    short, long = new_tokens
+    _generate(model, ids, short, cache)
+    size = _cache_bytes(_generate(model, ids, short, cache)[1])
+    seconds = {n: statistics.median(_generate(model, ids, n, cache)[0] for _ in range(runs)) for n in (short, long)}
+    step = (seconds[long] - seconds[short]) / (long - short)
+    return {
+        "prefill_s": seconds[short] - short * step,
+        "step_ms": 1e3 * step,
+        "tokens_per_s": batch / step if step > 0 else None,
+        "cache_mib": size / MIB,
+        "peak_mib": (torch.cuda.max_memory_allocated() - before) / MIB if is_cuda else None,
+    }
+
+
+def _generate(model: PreTrainedModel, ids: Tensor, count: int, cache: str) -> tuple[float, object]:
+    """Seconds of one greedy call of exactly `count` new tokens, and its cache."""
+    settings = {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count, "return_dict_in_generate": True}
+    if ids.numel() > PREFILL_TOKENS:
+        settings["prefill_chunk_size"] = max(1, PREFILL_TOKENS // len(ids))
+    if cache == "static":
+        settings["cache_implementation"] = "static"
+    _synchronize(model)
+    started = time.perf_counter()
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
+    _synchronize(model)
+    if output.sequences.shape[1] != ids.shape[1] + count:
+        raise RuntimeError(f"generate: expected {count} new tokens, got {output.sequences.shape[1] - ids.shape[1]}")
+    return time.perf_counter() - started, output.past_key_values
+
+
+def _cache_bytes(cache) -> int:
+    """Bytes of every tensor that the layers of a cache hold, each storage once."""
+    storages = {}
+
+    def collect(value) -> None:
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            collect(tuple(value.values()))
+        elif isinstance(value, tuple | list):
+            for item in value:
+                collect(item)
+
+    for layer in cache.layers:
+        # The recorded forwards of assisted decoding belong to no ordinary step.
+        collect({name: value for name, value in vars(layer).items() if name != "_history"})
+    return sum(storages.values())
+
+
+def _start_counting(is_cuda: bool) -> int:
+    if not is_cuda:
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _synchronize(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
