@@ -45,6 +45,7 @@ def write_model_card(
         hub_id=hub_id,
         attention=summary["linear_attention"],
         softmax_layers=summary["linear_attention"]["softmax_layers"],
+        layer_windows=_layer_windows(summary["linear_attention"].get("layer_windows", {})),
         kl_measured={stage: values for stage, values in summary["validation"].items() if "kl" in values},
         results_table=results_table,
         plots=plots,
@@ -64,6 +65,17 @@ def _front_matter(summary: dict[str, Any], results: dict[str, Any] | None, hub_i
         eval_results=_eval_results(results) or None,
     )
     return data.to_yaml()
+
+
+def _layer_windows(windows: dict[int | str, int]) -> str:
+    """`" (1024 in layers 7, 8)"`; nothing where all layers have the same window. JSON makes the keys strings."""
+    layers: dict[int, list[str]] = {}
+    for layer, window in sorted(windows.items(), key=lambda item: int(item[0])):
+        layers.setdefault(window, []).append(str(layer))
+    parts = [
+        f"{window} in layer{'s' if len(found) > 1 else ''} {', '.join(found)}" for window, found in layers.items()
+    ]
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _eval_results(results: dict[str, Any] | None) -> list[EvalResult]:

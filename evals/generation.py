@@ -1,6 +1,6 @@
 """Tokens a second and memory of `generate`: a converted model beside the softmax it came from.
 
-Both are the same weights: `softmax` runs the attention that the layers had, with the ordinary key-value cache. Contexts
+Both are the same weights: `softmax` runs the attention that the layers had, with the usual key-value cache. Contexts
 are random tokens, read in pieces. A step's time is the difference of two calls that generate different numbers of
 tokens, so that prefill and what is done once drop out. `static` is Transformers' static cache, whose decode step it
 compiles on a GPU.

@@ -49,6 +49,14 @@ def test_card_without_results(tmp_path):
     assert 'from_pretrained("smollm2-linear")' in card.text
 
 
+def test_card_names_the_windows_of_single_layers(tmp_path):
+    summary = copy.deepcopy(SUMMARY)
+    assert "the last 64 keys keep" in ModelCard.load(write_model_card(tmp_path, summary)).text
+    summary["linear_attention"]["layer_windows"] = {"12": 1024, "7": 1024, 3: 512}
+    card = ModelCard.load(write_model_card(tmp_path, summary)).text
+    assert "the last 64 keys (512 in layer 3; 1024 in layers 7, 12) keep exact softmax" in card
+
+
 def test_card_with_results(tmp_path):
     path = write_model_card(
         tmp_path, SUMMARY, RESULTS, "| task | student |\n|---|---|\n| piqa | .640 |", ("plot.png",)

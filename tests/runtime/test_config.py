@@ -23,9 +23,19 @@ def test_round_trip_through_json():
     assert LinearAttentionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_layer_windows_outlive_the_string_keys_of_json():
+    config = LinearAttentionConfig(window=8, layer_windows={3: 64, 1: 16})
+    assert LinearAttentionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert [config.window_of(layer) for layer in range(4)] == [8, 16, 8, 64]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"layer_windows": [3]}, "layer_windows: expected a dict"),
+        ({"layer_windows": {"x": 3}}, "layer_windows: expected layer indices >= 0 and windows >= 1, got 'x': 3"),
+        ({"layer_windows": {1: 0}}, "layer_windows: expected layer indices >= 0 and windows >= 1, got 1: 0"),
+        ({"layer_windows": {1: 4}, "window": 0}, "layer_windows: expected {} together with window=0"),
         ({"feature_map": "hedgehop"}, "feature_map: expected one of hedgehog"),
         ({"window": -1}, "window: expected an integer >= 0"),
         ({"window": 6.5}, "window: expected an integer >= 0"),

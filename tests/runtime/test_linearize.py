@@ -89,6 +89,30 @@ def test_every_attention_form_decodes_as_it_prefills(feature_map, window, decay)
 
 
 @torch.no_grad()
+def test_windows_of_single_layers(tmp_path):
+    """A layer's own window holds in prefill, in decoding and in a model read back; which layer has it matters."""
+    teacher = tiny_model("llama")
+    x = ids(30, batch=2)
+    logits = {}
+    for layer in (1, 2):
+        model = linearize(copy.deepcopy(teacher), LinearAttentionConfig(window=4, layer_windows={layer: 12}))
+        windows = {i: m.window for i, m in hf_linattn.linear_attention_modules(model).items()}
+        assert windows == {i: 12 if i == layer else 4 for i in range(4)}
+        logits[layer] = model(x, use_cache=False).logits
+        cache = model(x[:, :17], use_cache=True).past_key_values
+        steps = [model(x[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(17, 30)]
+        assert (torch.cat(steps, 1) - logits[layer][:, 17:]).abs().max() < 1e-4 * logits[layer].abs().max()
+    assert not torch.allclose(logits[1], logits[2], atol=1e-2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(x, use_cache=False).logits, logits[2])
+
+
+def test_a_window_of_a_layer_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"layer_windows: \[7\] are not layers of this model, which has 0 to 3"):
+        linearize(tiny_model("llama"), LinearAttentionConfig(layer_windows={7: 12}))
+
+
+@torch.no_grad()
 def test_unnormalised_form():
     model = linearize(tiny_model("llama"), LinearAttentionConfig(feature_map="identity", window=0, normalize=False))
     x = ids(12)
