@@ -18,7 +18,7 @@ from hf_linattn.evals.run import evaluate
 TEXT = "It is a long way from here to there, and longer still in the rain. "
 KEYS = {"recipe", "commit", "date", "tokens", "seconds", "peak_gib", "seed", "teacher", "student", "window_only"}
 KEYS |= {"ppl_by_position", "recall", "command", "evaluation", "environment"}
-PARTS = ["piqa", "wikitext", "ppl_by_position", "passkey", "mqar"]
+PARTS = ["ppl_by_position", "passkey", "mqar", "piqa", "wikitext"]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_kill_loses_only_the_part_that_ran(converted, options, tmp_path):
         )
 
     def kill_at(part, done, total):
-        if part == "student/passkey":
+        if part == "student/piqa":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -126,7 +126,7 @@ def test_a_kill_loses_only_the_part_that_ran(converted, options, tmp_path):
     calls = []
     resumed = run_once(lambda *call: calls.append(call), reuse=True)
     assert loaded == ["teacher"]
-    assert calls[0] == ("student/passkey", 8, 15)
+    assert calls[0] == ("student/piqa", 8, 15)
     whole = run_once()
     for key in ("teacher", "student", "window_only", "ppl_by_position", "recall"):
         assert resumed[key] == whole[key], key
