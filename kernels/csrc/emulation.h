@@ -1053,6 +1053,10 @@ inline void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
 inline void mbarrier_wait(uint32_t bar, uint32_t parity) { Engine::get().wait_mbarrier(bar, parity, false); }
 inline void mbarrier_wait_cluster(uint32_t bar, uint32_t parity) { Engine::get().wait_mbarrier(bar, parity, true); }
 
+inline float exp2(float x) {
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.f : y;
+}
 inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(Engine::get().rank()); }
 inline uint32_t map_shared_rank(uint32_t address, uint32_t rank) { return Engine::get().map_rank(address, rank); }
@@ -1138,6 +1142,26 @@ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, bool a
       }
     engine.warp().wgmmas.push_back(std::move(w));
   });
+}
+
+// a, of which every warp has 16 of the 64 rows, is read when the product is issued.
+template <class T>
+void wgmma_ss(float (&d)[32], uint64_t desc_a, uint64_t desc_b, bool accumulate) {
+  Engine& engine = Engine::get();
+  if (desc_a >> 62 != 1 || (desc_a >> 49 & 7) != 0) engine.fail("wgmma: descriptor %#llx", (unsigned long long)desc_a);
+  uint32_t a[4] = {};
+  const uint32_t lane = threadIdx.x % 32, first_row = threadIdx.x / 32 % 4 * 16;
+  for (uint32_t i = 0; i < 4; ++i)
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t row = first_row + lane / 4 + i % 2 * 8, column = lane % 4 * 2 + i / 2 * 8 + half;
+      const char* p = engine.at(emulation::wgmma_b_address(desc_a, false, column, row), 2, 2, "wgmma");
+      if (memcmp(p, engine.async_view(p), 2) != 0)
+        engine.fail("wgmma: element (row %u, k %u) of A was written without fence_proxy_async", row, column);
+      uint16_t bits;
+      memcpy(&bits, p, 2);
+      a[i] |= static_cast<uint32_t>(bits) << 16 * half;
+    }
+  wgmma_rs<T, 64, false>(d, a, desc_b, accumulate);
 }
 
 inline void wgmma_commit() {

@@ -49,6 +49,13 @@ __device__ __forceinline__ void keep(uint32_t (&x)[n]) {
   for (int i = 0; i < n; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
+// 2^x; what is below the smallest normal number is 0. exp2f keeps such numbers, at four times the instructions.
+__device__ __forceinline__ float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Read anew at every call: a number that is seldom needed occupies no register.
 __device__ __forceinline__ int lane_id() {
   int lane;
@@ -317,6 +324,21 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
   HF_LINATTN_WGMMA_CASE(64, 32, "%32, %33, %34, %35", "%36", "%37", "%38")
   HF_LINATTN_WGMMA_CASE(96, 48, "%48, %49, %50, %51", "%52", "%53", "%54")
   HF_LINATTN_WGMMA_CASE(128, 64, "%64, %65, %66, %67", "%68", "%69", "%70")
+}
+
+// The same for 64 columns with a in shared memory too: its rows are those of the product.
+template <class T>
+__device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t desc_a, uint64_t desc_b, bool accumulate) {
+  static_assert(std::is_same_v<T, __nv_bfloat16>, "operands are bfloat16");
+  asm volatile(
+      "{\n"
+      ".reg .pred accumulate;\n"
+      "setp.ne.b32 accumulate, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HF_LINATTN_NAMES_32 "}, %32, %33, accumulate, 1, 1, 0, 0;\n"
+      "}"
+      : HF_LINATTN_REGISTERS_32(0)
+      : "l"(desc_a), "l"(desc_b), "r"(static_cast<int>(accumulate))
+      : "memory");
 }
 
 #undef HF_LINATTN_WGMMA_CASE

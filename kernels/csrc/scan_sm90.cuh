@@ -532,7 +532,7 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   const int warpgroup = threadIdx.x / kWarpgroupThreads, warp = threadIdx.x / 32 % 4;
   // An SM has 512 registers for the threads of the CTA with the same place in their warpgroups.
   constexpr int kProducerRegisters = Work::kWindowed && !Work::kRowConstant ? 32 : 24;
-  constexpr int kRowRegisters = !Work::kProjects ? 152 : Work::kCausal ? 168 : 176;
+  constexpr int kRowRegisters = Work::kHasWindow ? 160 : !Work::kProjects ? 152 : Work::kCausal ? 168 : 176;
   constexpr int kLeftRegisters = (512 - kProducerRegisters - kRowWarpgroups * kRowRegisters) / kTiles / 8 * 8;
   constexpr int kStateRegisters = kLeftRegisters < 240 ? kLeftRegisters : 240;
   if (warpgroup == kConsumers) {

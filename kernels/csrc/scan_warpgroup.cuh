@@ -182,7 +182,9 @@ struct ScanWarpgroup {
     float weights[2];        // sums of weights, this thread's part
     float factor[2], den[2], along[2];  // decay since the chunk began; the denominator and do . o of the row
     float keys[kProjects ? kCols / 2 : 1];  // z of the row
-    float peak[2], sum[2];   // with a window: all numbers are relative to 2^peak; sum of weights, this thread's part
+    // With a window o and sum, this thread's part of the sum of weights, are relative to 2^unit; peak: the largest log2 of a
+    // weight, for which the sum of all far keys counts as one.
+    float unit[2], peak[2], sum[2];
   };
 
   const ScanArgs& args;
@@ -551,7 +553,7 @@ struct ScanWarpgroup {
   // o, extra = decayed (what was read + constant * column sums, count): what earlier chunks contribute.
   __device__ __forceinline__ void finish_read(RowSums& rows) {
     float(&o)[kCols / 2] = rows.o;
-    if (!kReverse && !kRowConstant) {  // the row constant's b waits for the division
+    if (!kReverse && !kRowConstant && args.b != 1.f) {  // the row constant's b waits for the division
 #pragma unroll
       for (int i = 0; i < kCols / 2; ++i) o[i] *= args.b;
     }
@@ -873,21 +875,18 @@ struct ScanWarpgroup {
     }
   }
 
-  // What the far keys gave, relative to the log of its sum: the start of a softmax that goes on with the window's keys.
+  // What the far keys gave: the start of a softmax that goes on with the window's keys.
   __device__ __forceinline__ void start_window(RowSums& rows) {
     if constexpr (kKind == ScanKind::kOutput) {
       const float log_scale = args.log_scale == nullptr ? 0.f : args.log_scale[hidden(head)] * kLog2E;
-      float factor[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float den = extra_sum(rows, i);
         const bool has_far = den > kSmallestFloat;
+        rows.unit[i] = has_far ? log_scale : -INFINITY;
         rows.peak[i] = has_far ? log2f(den) + log_scale : -INFINITY;
-        rows.sum[i] = has_far && t == 0 ? 1.f : 0.f;
-        factor[i] = has_far ? 1.f / den : 0.f;
+        rows.sum[i] = has_far && t == 0 ? den : 0.f;
       }
-#pragma unroll
-      for (int i = 0; i < kCols / 2; ++i) rows.o[i] *= factor[i / 2 % 2];
     }
   }
 
@@ -917,47 +916,26 @@ struct ScanWarpgroup {
   template <int kSize>
   __device__ __forceinline__ void weigh_window(float (&p)[kSize], RowSums& rows, FragmentA (&weights)[kSize / 8], int source,
                                                int tile, int64_t first, const TileTokens& sources) {
-    const float to_log2 = args.softmax_scale * kLog2E;
-    if (args.softcap == 0.f) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) p[i] *= to_log2;
-    } else {
-      const float inward = 2.f * to_log2 / args.softcap, cap = args.softcap * kLog2E;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) p[i] = cap - __fdividef(2.f * cap, 1.f + exp2f(p[i] * inward));  // cap tanh(s / cap)
-    }
-    const bool is_between = tile > 0 && kChunk * (tile + 1) <= args.window + 1;  // inside the window, whatever the row
-    if (!is_between || !sources.is_whole() || args.key_valid != nullptr) {
-      const int first_row = 16 * warp + g, first_column = source + 2 * t;
-      // From the token that has just left the window (kReverse: of which this key has) to the source.
-      const int first_key = static_cast<int>(kReverse ? first : source_token(first, tile)) +
-                            (kReverse ? first_row : first_column);
-      const int from_edge = kChunk * tile + (kReverse ? first_row - first_column : first_column - first_row);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const int down = i / 2 % 2 * 8, right = i / 4 * 8 + i % 2;
-        const int distance = from_edge + (kReverse ? down - right : right - down);
-        const bool is_inside = distance > 0 && distance <= args.window && sources.has(first_column + right);
-        if (!is_inside || is_hidden(first_key + (kReverse ? down : right), distance)) p[i] = -INFINITY;
-      }
-    }
+    const float to_log2 = start_scores(p);
+    hide_scores(p, source, tile, first, sources);
     if constexpr (kKind == ScanKind::kOutput) {
-      float peak[2] = {rows.peak[0], rows.peak[1]}, factor[2];
+      float peak[2] = {-INFINITY, -INFINITY};
 #pragma unroll
       for (int i = 0; i < kSize; ++i) peak[i / 2 % 2] = fmaxf(peak[i / 2 % 2], p[i]);
+      float factor[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         peak[i] = fmaxf(peak[i], __shfl_xor_sync(0xffffffffu, peak[i], 1));
         peak[i] = fmaxf(peak[i], __shfl_xor_sync(0xffffffffu, peak[i], 2));
-        const float shift = peak[i] == -INFINITY ? 0.f : peak[i];
-        factor[i] = exp2f(rows.peak[i] - shift);
+        rows.peak[i] = fmaxf(rows.peak[i], peak[i] * to_log2);
+        peak[i] = rows.peak[i] == -INFINITY ? 0.f : rows.peak[i];
+        factor[i] = ptx::exp2(rows.unit[i] - peak[i]);
         rows.sum[i] *= factor[i];
-        rows.peak[i] = peak[i];
-        peak[i] = shift;
+        rows.unit[i] = rows.peak[i];
       }
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        p[i] = exp2f(p[i] - peak[i / 2 % 2]);
+        p[i] = ptx::exp2(p[i] * to_log2 - peak[i / 2 % 2]);
         rows.sum[i / 2 % 2] += p[i];
       }
 #pragma unroll
@@ -965,11 +943,70 @@ struct ScanWarpgroup {
     } else {
       const float* lse = token_array(kScoreFactor) + source + 2 * t;
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) p[i] = exp2f(p[i] - lse[i / 4 * 8 + i % 2]);
+      for (int i = 0; i < kSize; ++i) p[i] = ptx::exp2(p[i] * to_log2 - lse[i / 4 * 8 + i % 2]);
     }
 #pragma unroll
     for (int k = 0; k < kSize / 8; ++k) {
       weights[k] = Engine::pack_a(reinterpret_cast<const float(&)[8]>(p[8 * k]));
+    }
+  }
+  // Products of queries and keys -> numbers that grow with their weight; the factor, above 0, that makes them log2 of it.
+  template <int kSize>
+  __device__ __forceinline__ float start_scores(float (&p)[kSize]) const {
+    const float to_log2 = args.softmax_scale * kLog2E;
+    if (args.softcap == 0.f && to_log2 > 0.f) return to_log2;
+    if (args.softcap == 0.f) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) p[i] *= to_log2;
+    } else {
+      const float inward = 2.f * to_log2 / args.softcap, cap = args.softcap * kLog2E;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) p[i] = cap - __fdividef(2.f * cap, 1.f + ptx::exp2(p[i] * inward));  // cap tanh(s / cap)
+    }
+    return 1.f;
+  }
+  // Scores of what these rows do not see -> -inf.
+  template <int kSize>
+  __device__ __forceinline__ void hide_scores(float (&p)[kSize], int source, int tile, int64_t first,
+                                              const TileTokens& sources) const {
+    const bool is_between = tile > 0 && kChunk * (tile + 1) <= args.window + 1;  // inside the window, whatever the row
+    if (is_between && sources.is_whole() && args.key_valid == nullptr) return;
+    // Of its columns from first_column on each of this thread's two rows sees those from `low` on and before `high`.
+    const int first_row = 16 * warp + g, first_column = source + 2 * t, up = kChunk * tile + first_column - first_row;
+    int low[2], high[2], own[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      // The token that has just left the window of the row (kReverse: that has the row in its window no more), and its own.
+      const int left = kReverse ? first_row + 8 * i - first_column + kChunk * tile : 8 * i - up;
+      own[i] = kReverse ? left - args.window : left + args.window;
+      low[i] = max(kReverse ? own[i] : left + 1, sources.begin - first_column);
+      high[i] = min(kReverse ? left : own[i] + 1, sources.end - first_column);
+    }
+    if (kReverse && args.key_valid != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int key = static_cast<int>(first) + first_row + 8 * i;
+        if (key < sequence_end(true) && args.key_valid[segment.batch * args.tokens + key] == 0) high[i] = min(high[i], own[i] + 1);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const int row = i / 2 % 2, right = i / 4 * 8 + i % 2;
+      if (right < low[row] || right >= high[row]) p[i] = -INFINITY;
+    }
+    if (!kReverse && args.key_valid != nullptr) {
+      const uint8_t* valid = args.key_valid + segment.batch * args.tokens + source_token(first, tile) + first_column;
+      uint32_t hidden_columns = 0;  // a bit each
+#pragma unroll 1
+      for (int i = 0; i < kSize / 2; ++i) {
+        const int right = i / 2 * 8 + i % 2;
+        if (sources.has(first_column + right) && valid[right] == 0) hidden_columns |= 1u << i;
+      }
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const int right = i / 4 * 8 + i % 2;
+        if ((hidden_columns >> (i / 4 * 2 + i % 2) & 1) != 0 && right != own[i / 2 % 2]) p[i] = -INFINITY;
+      }
     }
   }
   // o += the softmax part of a tile, for an engine that is not asynchronous: a few columns of scores at a time.
@@ -989,12 +1026,6 @@ struct ScanWarpgroup {
       }
     }
   }
-  // A key that is no key but for the query at its own place.
-  __device__ __forceinline__ bool is_hidden(int key, int distance) const {
-    if (args.key_valid == nullptr || distance == args.window) return false;
-    return args.key_valid[segment.batch * args.tokens + key] == 0;
-  }
-
   // The window's tiles of up to two neighbouring chunks of rows, the first from token `first` on; the second chunk sees the
   // tiles that come one later. Those before `begin` and from `end` on hold no source, but for one that may bring rows.
   struct WindowTiles {
@@ -1021,7 +1052,7 @@ struct ScanWarpgroup {
           row_scale[i] = 1.f / (kHasWindow ? extra[i] : guarded(extra[i]));
           const int64_t at = (static_cast<int64_t>(batch) * args.num_heads + head) * args.tokens + first + row;
           if (column0 == 0 && t == 0 && row < valid) {
-            args.den[at] = kHasWindow ? (rows.peak[i] + log2f(extra[i])) / kLog2E : extra[i];
+            args.den[at] = kHasWindow ? (rows.unit[i] + log2f(extra[i])) / kLog2E : extra[i];
           }
         }
       }

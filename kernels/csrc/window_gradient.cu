@@ -64,7 +64,7 @@ struct WindowGradient {
   const int sequence_begin, sequence_end;
   const int own_chunk;          // of the rows, counted from the sequence's begin, as the chunks of sources are
   int first_chunk, last_chunk;  // of sources; for dk, of each head of the group in turn
-  float lse[2], delta[2];       // of this thread's two rows, for dq
+  float lse[2], delta[2];       // of this thread's two rows, for dq; L in units of log2
 
   __device__ __forceinline__ WindowGradient(const RowTileArgs& args, const Segment& rows, int head, int num_stages)
       : args(args),
@@ -105,7 +105,8 @@ struct WindowGradient {
       const float next_number = is_loading ? load(next) : 0.f;
       if (is_ahead && is_loading) ptx::cp_async_wait<1>();
       else ptx::cp_async_wait<0>();
-      source_numbers()[threadIdx.x] = is_ahead ? number : next_number;
+      const float arrived = is_ahead ? number : next_number;
+      source_numbers()[threadIdx.x] = kIsKey && threadIdx.x < kChunk ? arrived * kLog2E : arrived;
       number = next_number;
       __syncthreads();
       add_sources(out, now);
@@ -212,6 +213,8 @@ struct WindowGradient {
       args.delta[at] = delta[i];
       args.far_weight[at] = weight > kMostWeight ? kMostWeight : weight;  // a NaN stays one
     }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) lse[i] *= kLog2E;
   }
 
   // out += ds y over a chunk of sources.
@@ -237,31 +240,41 @@ struct WindowGradient {
 
       float s[kSources / 2], d[kSources / 2];
       multiply(s, d, y + column * Tile::kRowBytes);
-      float factor = args.scale;
+      float factor = args.scale * kLog2E;
       if (args.softcap != 0.f) {
         const float inside = args.scale / args.softcap;
 #pragma unroll
         for (int i = 0; i < kSources / 2; ++i) s[i] = tanhf(s[i] * inside);
-        factor = args.softcap;
+        factor = args.softcap * kLog2E;
       }
 #pragma unroll
       for (int i = 0; i < kSources / 2; ++i) {
         const int source = column + i / 4 * 8 + 2 * t + i % 2;
         const float log_sum = kIsKey ? numbers[source] : lse[i / 2 % 2];
         const float mean = kIsKey ? numbers[kChunk + source] : delta[i / 2 % 2];
-        d[i] = exp2f((s[i] * factor - log_sum) * kLog2E) * (d[i] - mean);
+        d[i] = ptx::exp2(s[i] * factor - log_sum) * (d[i] - mean);
       }
       if (!all_see) {
+        // Of its columns each of this thread's two rows sees those from `low` on and before `high`.
+        int low[2], high[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int row = g + 8 * i - 2 * t, near = kIsKey ? row - apart : row + apart;  // at its own token
+          low[i] = kIsKey ? near : near - args.window + 1;
+          high[i] = kIsKey ? near + (row_valid[i] ? args.window : 1) : near + 1;
+        }
 #pragma unroll
         for (int i = 0; i < kSources / 2; ++i) {
-          const int row = g + i / 2 % 2 * 8, source = i / 4 * 8 + 2 * t + i % 2;
-          const int step = kIsKey ? source - row : row - source;
-          bool is_seen = apart + step >= 0 && apart + step < args.window;
-          if (with_validity) {
-            const bool is_valid = kIsKey ? row_valid[i / 2 % 2] : __float_as_uint(numbers[column + source]) != 0;
-            is_seen = is_seen && (is_valid || apart + step == 0);
+          const int row = i / 2 % 2, right = i / 4 * 8 + i % 2;
+          if (right < low[row] || right >= high[row]) d[i] = 0.f;
+        }
+        if (!kIsKey && with_validity) {
+#pragma unroll
+          for (int i = 0; i < kSources / 2; ++i) {
+            const int right = i / 4 * 8 + i % 2;
+            const bool is_valid = __float_as_uint(numbers[column + 2 * t + right]) != 0;
+            if (!is_valid && right != high[i / 2 % 2] - 1) d[i] = 0.f;
           }
-          if (!is_seen) d[i] = 0.f;
         }
       }
       if (args.softcap != 0.f) {
