@@ -973,20 +973,17 @@ struct ScanWarpgroup {
     if (is_between && sources.is_whole() && args.key_valid == nullptr) return;
     // Of its columns from first_column on each of this thread's two rows sees those from `low` on and before `high`.
     const int first_row = 16 * warp + g, first_column = source + 2 * t, up = kChunk * tile + first_column - first_row;
-    int low[2], high[2], own[2];
+    int low[2], high[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      // The token that has just left the window of the row (kReverse: that has the row in its window no more), and its own.
+      // The token that has just left the window of the row (kReverse: that has the row in its window no more).
       const int left = kReverse ? first_row + 8 * i - first_column + kChunk * tile : 8 * i - up;
-      own[i] = kReverse ? left - args.window : left + args.window;
-      low[i] = max(kReverse ? own[i] : left + 1, sources.begin - first_column);
-      high[i] = min(kReverse ? left : own[i] + 1, sources.end - first_column);
-    }
-    if (kReverse && args.key_valid != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      low[i] = max(kReverse ? left - args.window : left + 1, sources.begin - first_column);
+      high[i] = min(kReverse ? left : left + args.window + 1, sources.end - first_column);
+      if (kReverse && args.key_valid != nullptr) {  // a hidden key is one for the query at its own place
         const int key = static_cast<int>(first) + first_row + 8 * i;
-        if (key < sequence_end(true) && args.key_valid[segment.batch * args.tokens + key] == 0) high[i] = min(high[i], own[i] + 1);
+        const bool is_hidden = key < sequence_end(true) && args.key_valid[segment.batch * args.tokens + key] == 0;
+        if (is_hidden) high[i] = min(high[i], left - args.window + 1);
       }
     }
 #pragma unroll
@@ -1005,7 +1002,8 @@ struct ScanWarpgroup {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const int right = i / 4 * 8 + i % 2;
-        if ((hidden_columns >> (i / 4 * 2 + i % 2) & 1) != 0 && right != own[i / 2 % 2]) p[i] = -INFINITY;
+        const int own = 8 * (i / 2 % 2) - up + args.window;
+        if ((hidden_columns >> (i / 4 * 2 + i % 2) & 1) != 0 && right != own) p[i] = -INFINITY;
       }
     }
   }
