@@ -229,7 +229,6 @@ struct Block {
   bool fenced = false;
   Meeting meetings[kNamedBarriers];
   std::map<uint32_t, MBarrier> mbarriers;
-  std::map<int, int> registers;  // that a warpgroup asked for, of a thread
 };
 
 class Engine {
@@ -397,16 +396,6 @@ class Engine {
     if (!t.at_cluster) fail("cluster_wait: without cluster_arrive");
     t.at_cluster = false;
     if (t.cluster_phase == cluster_phase_) wait(kClusterWait, 0, 0);
-  }
-
-  // A block starts with as many for all as 65536 leave, in eights; when all warpgroups have asked, they must do.
-  void ask_for_registers(int registers) {
-    const int groups = threads_in_block_ / 128, all = std::min(65536 / threads_in_block_ / 8 * 8, 255) * groups;
-    block_->registers[static_cast<int>(threadIdx.x) / 128] = registers;
-    if (static_cast<int>(block_->registers.size()) < groups) return;
-    int wanted = 0;
-    for (const auto& [group, count] : block_->registers) wanted += count;
-    if (wanted > all) fail("setmaxnreg: the warpgroups want %d registers, the block has %d: it would wait forever", wanted, all);
   }
 
   // All warps of a warpgroup must issue the same wgmma in the same order.
@@ -665,7 +654,6 @@ inline void Engine::start_block(int rank, uint64_t index) {
   b.fenced = false;
   std::fill(std::begin(b.meetings), std::end(b.meetings), Meeting());
   b.mbarriers.clear();
-  b.registers.clear();
   b.ready.clear();
   b.live = threads_in_block_;
   const int first = first_thread(b);
@@ -1204,7 +1192,6 @@ inline void cluster_wait() { Engine::get().wait_cluster(); }
 template <int kRegisters>
 void register_alloc() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg takes 24 to 256 by 8");
-  Engine::get().ask_for_registers(kRegisters);
 }
 template <int kRegisters>
 void register_dealloc() {
@@ -1295,7 +1282,6 @@ inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float __log2f(float x) { return log2f(x); }
 inline float __frcp_rn(float x) { return 1.f / x; }
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }

@@ -6,7 +6,7 @@
 // The bracketed state passes run when sequences are cut into segments, and always when not causal (then a sum takes the
 // place of the prefix). Scans of one call share their workspace; the stream orders them. dg reads the states of both
 // passes, at boundaries of its own choice (decay_gradient.h). With a window the backward begins with the gradients of its q
-// and k (window_gradient.h), which also find do.o for the scans and, where one kernel can, the window's part of dv.
+// and k (window_gradient.h), which also find do.o for the scans.
 #include <algorithm>
 
 #include "decay_gradient.h"
@@ -179,10 +179,9 @@ int forward(const hf_linattn_problem& problem, const hf_linattn_tensor& o, float
   return only_count ? 0 : run_scan(problem, ScanKind::kOutput, args, stream);
 }
 
-// dq and dk of the window, do.o into `along`, and what the far part is weighed with into `far_weight`; where one kernel finds
-// all of the window's gradients also its part of dv, and `has_value_part` becomes true.
+// dq and dk of the window, do.o into `along`, and what the far part is weighed with into `far_weight`.
 int window_gradients(const hf_linattn_problem& problem, const hf_linattn_gradients& gradients, float* along,
-                     float* far_weight, bool& has_value_part, void* stream) {
+                     float* far_weight, void* stream) {
   const hf_linattn_window& window = problem.window;
   WindowGradientArgs args = {};
   args.q = rows_of(window.q, window.dim);
@@ -206,14 +205,6 @@ int window_gradients(const hf_linattn_problem& problem, const hf_linattn_gradien
   args.lse = gradients.den;
   args.delta = along;
   args.far_weight = far_weight;
-  const Rows dv = rows_of(gradients.dv, problem.value_dim);
-  ScanArgs far = common_args(problem);  // of dv, to which the far part is to be added
-  far.x = rows_of(problem.k, problem.feature_dim);
-  far.y = rows_of(problem.q, problem.feature_dim);
-  far.z = args.d_o;
-  has_value_part = problem.path != HF_LINATTN_PATH_SM80 && check_scan_sm90(ScanKind::kValueGrad, problem.dtype, far) == 0 &&
-                   takes_window_gradients_sm90(problem.dtype, args, dv);
-  if (has_value_part) return run_window_gradients_sm90(args, dv, stream);
   if (int error = run_window_query_gradient(problem.dtype, args, stream)) return error;
   return run_window_key_gradient(problem.dtype, args, stream);
 }
@@ -226,11 +217,10 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   const bool needs_dg = gradients.dg != nullptr;
   float* along = problem.normalize ? workspace.floats(rows) : nullptr;
   float* den = const_cast<float*>(gradients.den);
-  bool has_value_part = false;
   if (has_window(problem)) {
     den = workspace.floats(rows);
     if (!only_count) {
-      if (int error = window_gradients(problem, gradients, along, den, has_value_part, stream)) return error;
+      if (int error = window_gradients(problem, gradients, along, den, stream)) return error;
     }
   }
   float* dg_terms = needs_dg ? workspace.floats(decay_gradient_floats(problem)) : nullptr;
@@ -292,11 +282,8 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   key.z = rows_of(problem.q, features);
   key.out = rows_of(gradients.dk, features);
   value.x = rows_of(problem.k, features);
-  value.window_is_added = has_value_part;
-  if (!has_value_part) {
-    value.window_x = window_rows(problem, problem.window.k);
-    value.window_y = window_rows(problem, problem.window.q);
-  }
+  value.window_x = window_rows(problem, problem.window.k);
+  value.window_y = window_rows(problem, problem.window.q);
   value.lse = gradients.den;
   value.out = rows_of(gradients.dv, values);
   value.last = gradients.d_initial;

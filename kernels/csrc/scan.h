@@ -38,9 +38,8 @@ constexpr float kDenominatorEps = 1e-6f;  // DENOMINATOR_EPS of reference.py
 
 enum class ScanKind { kOutput, kQueryGrad, kKeyGrad, kValueGrad, kState, kStateGrad };
 
-// What the sources of a row are: all tokens; those up to it (kReverse: from it on); those before its window, and the window;
-// those before its window, where what the window gives is in `out` already (kValueGrad).
-enum class Reach { kAll, kCausal, kWindow, kFar };
+// What the sources of a row are: all tokens; those up to it (kReverse: from it on); those before its window, and the window.
+enum class Reach { kAll, kCausal, kWindow };
 
 HF_LINATTN_BOTH_SIDES constexpr bool forms_state_only(ScanKind kind) { return kind == ScanKind::kState || kind == ScanKind::kStateGrad; }
 
@@ -93,7 +92,6 @@ struct ScanArgs {
   const uint8_t* key_valid;  // [B,T] or null
   const float* lse;          // [B,H,T] L, read by kValueGrad. `den` receives it from kOutput, and holds e^{log_scale - L} for
                              // the gradients, `along` do.o
-  int window_is_added;       // kValueGrad on Hopper: `out` holds what the window gives, window_x and window_y are empty
 };
 
 constexpr int kColumnUnit = 32;

@@ -58,7 +58,6 @@ struct Layout90 {
   static constexpr int kFitting = (kSmemLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static constexpr int kBytes = kFixedBytes + kStages * kStageBytes;
-  static_assert(8 * (2 * kMaxStages + 4 * kRowGroups + kMaxStages) <= kBoundsPlace);
   static_assert(kStages >= 3, "two chunks are worked on while a third arrives");
 
   // Barriers: of stages; of the operand buffer of each warpgroup of rows; of the exchange between CTAs, for every other
@@ -371,7 +370,6 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
   typename Work::TokenInputs next;
   typename Work::FragmentA x[Work::kSteps];
   typename Work::RowSums rows;
-  typename Work::PresentRows present;
   work.places.operand = Layout::operand(base, own);
   work.places.sums = Layout::sums(base, own);
   auto multiply_scores = [&](float (&p)[kChunk / 2], uint32_t y_tile) {
@@ -425,9 +423,6 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
     for (int member = 0; step % kRowGroups == own && member < members; ++member) {
       if (work.with_token_arrays(sources)) work.template publish_tokens<true, false>(next, sources);
       if (member == 0) work.start_rows(rows, next);
-      if constexpr (Work::kAddsToOut) {
-        if (member == 0) work.load_present(present, first, valid);
-      }
       if (Work::kTokenInputs && member + 1 < members) work.load_tokens(next, chunk, member + 1);
       else if (Work::kTokenInputs && step + kRowGroups < chunks) work.load_tokens(next, work.chunk_at(step + kRowGroups, chunks), 0);
       const StageTiles stage = pipe.acquire(!Work::kHasSources || sources.is_whole());
@@ -483,7 +478,6 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
       if (!Work::kHasWindow && member + 1 == members) {
         // A warp's rows of x are in its registers by now: their place takes the output on its way.
         work.places.out = stage.x + work.warp * Work::OutTile::kBytes;
-        if constexpr (Work::kAddsToOut) work.add_present(rows, present);
         work.write_output(rows, first, valid);
         work.publish_to_engine();
       }
@@ -531,9 +525,6 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
       ptx::mbarrier_init(Layout::exchanged(base, i, 1), 1);
     }
     ptx::mbarrier_init_fence();
-    if (Work::kWindowed && args.cu_seqlens != nullptr) {
-      for (int i = 0; i < 2; ++i) shared_at<int>(base + kBoundsPlace + 4 * i) = static_cast<int>(sequence_bound(args, segment.sequence + i));
-    }
   }
   const bool is_clustered = Work::kProjects && tiles > 1;
   if (is_clustered) ptx::cluster_arrive(), ptx::cluster_wait();
@@ -541,7 +532,7 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   const int warpgroup = threadIdx.x / kWarpgroupThreads, warp = threadIdx.x / 32 % 4;
   // An SM has 512 registers for the threads of the CTA with the same place in their warpgroups.
   constexpr int kProducerRegisters = Work::kWindowed && !Work::kRowConstant ? 32 : 24;
-  constexpr int kRowRegisters = Work::kHasWindow || Work::kAddsToOut ? 160 : !Work::kProjects ? 152 : Work::kCausal ? 168 : 176;
+  constexpr int kRowRegisters = Work::kHasWindow ? 160 : !Work::kProjects ? 152 : Work::kCausal ? 168 : 176;
   constexpr int kLeftRegisters = (512 - kProducerRegisters - kRowWarpgroups * kRowRegisters) / kTiles / 8 * 8;
   constexpr int kStateRegisters = kLeftRegisters < 240 ? kLeftRegisters : 240;
   if (warpgroup == kConsumers) {

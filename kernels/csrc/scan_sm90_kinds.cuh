@@ -10,7 +10,7 @@ template <Reach kReach>
 using ReachConstant = std::integral_constant<Reach, kReach>;
 
 // Calls run(reach, decay, rows) with compile-time constants.
-template <ScanKind kKind, class Run>
+template <class Run>
 int with_instance_sm90(bool is_causal, const ScanArgs& args, Run run) {
   auto choose_rows = [&](auto reach, auto decay) {
     const bool is_narrow = args.y.dim <= 64 && args.window_y.dim <= 64;
@@ -21,16 +21,13 @@ int with_instance_sm90(bool is_causal, const ScanArgs& args, Run run) {
     return args.g == nullptr ? choose_rows(reach, std::false_type()) : choose_rows(reach, std::true_type());
   };
   if (!is_causal) return choose_rows(ReachConstant<Reach::kAll>(), std::false_type());
-  if constexpr (kKind == ScanKind::kValueGrad) {
-    if (args.window > 0 && args.window_is_added) return choose_decay(ReachConstant<Reach::kFar>());
-  }
   if (args.window > 0) return choose_decay(ReachConstant<Reach::kWindow>());
   return choose_decay(ReachConstant<Reach::kCausal>());
 }
 
 template <ScanKind kKind>
 int scan_sm90_of_kind(bool is_causal, const ScanArgs& args, cudaStream_t stream) {
-  return with_instance_sm90<kKind>(is_causal, args, [&](auto reach, auto decay, auto rows) {
+  return with_instance_sm90(is_causal, args, [&](auto reach, auto decay, auto rows) {
     if (forms_state_only(kKind) && args.z.dim > kTileColumns) {
       return launch_scan_sm90<kKind, reach, decay, rows, forms_state_only(kKind) ? 2 : 1>(args, stream);
     }

@@ -15,7 +15,6 @@
 namespace hf_linattn {
 
 constexpr int kWarpgroupThreads = 128;
-constexpr int kBoundsPlace = 1016;  // in the shared memory of the Hopper scans: where the sequence begins and ends
 
 // Where the tiles of a chunk lie in shared memory.
 struct StageTiles {
@@ -122,7 +121,7 @@ struct ScanWarpgroup {
   using OutTile = typename Engine::template Tile<16, kCols>;
 
   static constexpr ScanKind kScanKind = kKind;
-  static constexpr bool kCausal = kReach != Reach::kAll, kWindowed = kReach == Reach::kWindow || kReach == Reach::kFar;
+  static constexpr bool kCausal = kReach != Reach::kAll, kWindowed = kReach == Reach::kWindow;
   static constexpr bool kDecays = kDecay;
   static constexpr bool kStateOnly = forms_state_only(kKind);
   static constexpr bool kReverse = is_reverse(kKind);
@@ -131,8 +130,7 @@ struct ScanWarpgroup {
   static constexpr bool kHasOutput = !kStateOnly;
   static constexpr bool kHasSources = kCausal || kStateOnly;
   // The scan adds the softmax of the keys in the window, or of the queries that see these keys.
-  static constexpr bool kHasWindow = kReach == Reach::kWindow && (kKind == ScanKind::kOutput || kKind == ScanKind::kValueGrad);
-  static constexpr bool kAddsToOut = kReach == Reach::kFar;
+  static constexpr bool kHasWindow = kWindowed && (kKind == ScanKind::kOutput || kKind == ScanKind::kValueGrad);
   static constexpr bool kRowConstant = kKind == ScanKind::kQueryGrad;
   // dq = b (u - (do.o) z) / den with u = sum w (do.v) k, z = sum w k, and do.o = (q.u b + a sum w (do.v)) / den: the
   // asynchronous kernels form both sums, then do.o, then dq. The others run twice: for do.o, then with it in the weights.
@@ -253,8 +251,6 @@ struct ScanWarpgroup {
   // The sequence's first token, or what follows its last.
   __device__ __forceinline__ int sequence_end(bool at_end) const {
     if (args.cu_seqlens == nullptr) return at_end ? static_cast<int>(args.tokens) : 0;
-    // Asked for often: where there is a block of shared memory for it, once from global memory.
-    if (Engine::kIsAsync) return shared_at<int>(ptx::smem_address(ptx::dynamic_smem()) + kBoundsPlace + 4 * at_end);
     return static_cast<int>(sequence_bound(args, segment.sequence + at_end));
   }
   // Which of the tokens from `source` on are sources. With a window a row has fewer than 2^31 tokens.
@@ -888,7 +884,7 @@ struct ScanWarpgroup {
         const float den = extra_sum(rows, i);
         const bool has_far = den > kSmallestFloat;
         rows.unit[i] = has_far ? log_scale : -INFINITY;
-        rows.peak[i] = has_far ? __log2f(den) + log_scale : -INFINITY;
+        rows.peak[i] = has_far ? log2f(den) + log_scale : -INFINITY;
         rows.sum[i] = has_far && t == 0 ? den : 0.f;
       }
     }
@@ -921,28 +917,11 @@ struct ScanWarpgroup {
   __device__ __forceinline__ void weigh_window(float (&p)[kSize], RowSums& rows, FragmentA (&weights)[kSize / 8], int source,
                                                int tile, int64_t first, const TileTokens& sources) {
     const float to_log2 = start_scores(p);
-    // Row r of the tile sees columns from r + offset on, as many as the window has. Of sixteen columns at a time: do any of
-    // this warp's rows see any, do all see all.
-    const int offset = kReverse ? kChunk * tile - args.window : 1 - kChunk * tile, first_row = 16 * warp + offset;
-    const int some_from = max(first_row, sources.begin), some_until = min(first_row + 15 + args.window, sources.end);
-    const int all_from = max(first_row + 15, sources.begin);
-    const int all_until = args.key_valid != nullptr ? 0 : min(first_row + args.window, sources.end);
-    const auto is_seen = [&](int k) { return source + 16 * k < some_until && source + 16 * k + 16 > some_from; };
-#pragma unroll
-    for (int k = 0; k < kSize / 8; ++k) {
-      const int column = source + 16 * k;
-      if (is_seen(k) && (column < all_from || column + 16 > all_until)) {
-        hide_scores(reinterpret_cast<float(&)[8]>(p[8 * k]), column, offset, tile, first, sources);
-      }
-    }
-    float peak[2] = {-INFINITY, -INFINITY};
+    hide_scores(p, source, tile, first, sources);
     if constexpr (kKind == ScanKind::kOutput) {
+      float peak[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-      for (int k = 0; k < kSize / 8; ++k) {
-        if (!is_seen(k)) continue;
-#pragma unroll
-        for (int i = 8 * k; i < 8 * k + 8; ++i) peak[i / 2 % 2] = fmaxf(peak[i / 2 % 2], p[i]);
-      }
+      for (int i = 0; i < kSize; ++i) peak[i / 2 % 2] = fmaxf(peak[i / 2 % 2], p[i]);
       float factor[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -955,22 +934,19 @@ struct ScanWarpgroup {
         rows.unit[i] = rows.peak[i];
       }
 #pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        p[i] = ptx::exp2(p[i] * to_log2 - peak[i / 2 % 2]);
+        rows.sum[i / 2 % 2] += p[i];
+      }
+#pragma unroll
       for (int i = 0; i < kCols / 2; ++i) rows.o[i] *= factor[i / 2 % 2];
+    } else {
+      const float* lse = token_array(kScoreFactor) + source + 2 * t;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) p[i] = ptx::exp2(p[i] * to_log2 - lse[i / 4 * 8 + i % 2]);
     }
-    const float* lse = token_array(kScoreFactor) + source + 2 * t;
 #pragma unroll
     for (int k = 0; k < kSize / 8; ++k) {
-      weights[k] = {};
-      if (!is_seen(k)) continue;
-#pragma unroll
-      for (int i = 8 * k; i < 8 * k + 8; ++i) {
-        if constexpr (kKind == ScanKind::kOutput) {
-          p[i] = ptx::exp2(p[i] * to_log2 - peak[i / 2 % 2]);
-          rows.sum[i / 2 % 2] += p[i];
-        } else {
-          p[i] = ptx::exp2(p[i] * to_log2 - lse[i / 4 * 8 + i % 2]);
-        }
-      }
       weights[k] = Engine::pack_a(reinterpret_cast<const float(&)[8]>(p[8 * k]));
     }
   }
@@ -989,33 +965,45 @@ struct ScanWarpgroup {
     }
     return 1.f;
   }
-  // Scores of sixteen columns from `column` on -> -inf where this thread's rows do not see them.
-  __device__ __forceinline__ void hide_scores(float (&p)[8], int column, int offset, int tile, int64_t first,
+  // Scores of what these rows do not see -> -inf.
+  template <int kSize>
+  __device__ __forceinline__ void hide_scores(float (&p)[kSize], int source, int tile, int64_t first,
                                               const TileTokens& sources) const {
-    const int first_row = 16 * warp + g, first_column = column + 2 * t;
-    int low[2], high[2];  // of the columns from first_column on
+    const bool is_between = tile > 0 && kChunk * (tile + 1) <= args.window + 1;  // inside the window, whatever the row
+    if (is_between && sources.is_whole() && args.key_valid == nullptr) return;
+    // Of its columns from first_column on each of this thread's two rows sees those from `low` on and before `high`.
+    const int first_row = 16 * warp + g, first_column = source + 2 * t, up = kChunk * tile + first_column - first_row;
+    int low[2], high[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int from = first_row + 8 * i + offset - first_column;
-      low[i] = max(from, sources.begin - first_column);
-      high[i] = min(from + args.window, sources.end - first_column);
+      // The token that has just left the window of the row (kReverse: that has the row in its window no more).
+      const int left = kReverse ? first_row + 8 * i - first_column + kChunk * tile : 8 * i - up;
+      low[i] = max(kReverse ? left - args.window : left + 1, sources.begin - first_column);
+      high[i] = min(kReverse ? left : left + args.window + 1, sources.end - first_column);
       if (kReverse && args.key_valid != nullptr) {  // a hidden key is one for the query at its own place
         const int key = static_cast<int>(first) + first_row + 8 * i;
         const bool is_hidden = key < sequence_end(true) && args.key_valid[segment.batch * args.tokens + key] == 0;
-        if (is_hidden) high[i] = min(high[i], from + 1);
+        if (is_hidden) high[i] = min(high[i], left - args.window + 1);
       }
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kSize; ++i) {
       const int row = i / 2 % 2, right = i / 4 * 8 + i % 2;
       if (right < low[row] || right >= high[row]) p[i] = -INFINITY;
     }
     if (!kReverse && args.key_valid != nullptr) {
       const uint8_t* valid = args.key_valid + segment.batch * args.tokens + source_token(first, tile) + first_column;
+      uint32_t hidden_columns = 0;  // a bit each
+#pragma unroll 1
+      for (int i = 0; i < kSize / 2; ++i) {
+        const int right = i / 2 * 8 + i % 2;
+        if (sources.has(first_column + right) && valid[right] == 0) hidden_columns |= 1u << i;
+      }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int right = i / 4 * 8 + i % 2, own = first_row + i / 2 % 2 * 8 + offset - first_column + args.window - 1;
-        if (sources.has(first_column + right) && valid[right] == 0 && right != own) p[i] = -INFINITY;
+      for (int i = 0; i < kSize; ++i) {
+        const int right = i / 4 * 8 + i % 2;
+        const int own = 8 * (i / 2 % 2) - up + args.window;
+        if ((hidden_columns >> (i / 4 * 2 + i % 2) & 1) != 0 && right != own) p[i] = -INFINITY;
       }
     }
   }
@@ -1049,29 +1037,6 @@ struct ScanWarpgroup {
     return {max(skipped - 1, 0), min((until + kChunk - 1) / kChunk, window_tiles(args.window) + chunks - 1)};
   }
 
-  // What `out` holds of this thread's two rows: pairs of columns, as they lie in accumulators.
-  struct PresentRows {
-    uint32_t pairs[kAddsToOut ? kCols / 4 : 1];
-  };
-  __device__ __forceinline__ void load_present(PresentRows& present, int64_t first, int valid) const {
-    const int batch = hidden(segment.batch), head = hidden(this->head), first_row = hidden(16 * warp + g);
-    const Element* from = static_cast<const Element*>(args.out.data) + batch * args.out.batch_stride +
-                          head * args.out.head_stride + (first + first_row) * args.out.token_stride + column0 + 2 * t;
-#pragma unroll
-    for (int i = 0; i < kCols / 4; ++i) {
-      const int down = i % 2 * 8, right = i / 2 * 8;
-      const bool is_there = first_row + down < valid && column0 + right < args.out.dim;  // dimensions by eight
-      present.pairs[i] = is_there ? *reinterpret_cast<const uint32_t*>(from + down * args.out.token_stride + right) : 0;
-    }
-  }
-  __device__ __forceinline__ void add_present(RowSums& rows, const PresentRows& present) const {
-#pragma unroll
-    for (int i = 0; i < kCols / 4; ++i) {
-      rows.o[2 * i] += low_of(present.pairs[i]);
-      rows.o[2 * i + 1] += high_of(present.pairs[i]);
-    }
-  }
-
   __device__ __forceinline__ void write_output(const RowSums& rows, int64_t first, int valid) {
     const float(&o)[kCols / 2] = rows.o;
     float row_scale[2] = {1.f, 1.f}, extra[2] = {0.f, 0.f};
@@ -1082,7 +1047,7 @@ struct ScanWarpgroup {
       if (!kProjects && reads_extra()) {
         extra[i] = kHasWindow ? sum_over_row(rows.sum[i]) : extra_sum(rows, i);
         if (kKind == ScanKind::kOutput) {
-          row_scale[i] = kHasWindow ? __fdividef(1.f, extra[i]) : 1.f / guarded(extra[i]);
+          row_scale[i] = 1.f / (kHasWindow ? extra[i] : guarded(extra[i]));
           const int64_t at = (static_cast<int64_t>(batch) * args.num_heads + head) * args.tokens + first + row;
           if (column0 == 0 && t == 0 && row < valid) {
             args.den[at] = kHasWindow ? (rows.unit[i] + log2f(extra[i])) / kLog2E : extra[i];
@@ -1139,12 +1104,14 @@ struct ScanWarpgroup {
   __device__ __forceinline__ void write_rows(__nv_bfloat16* base, const float (&o)[kCols / 2],
                                              const float (&row_scale)[2], int valid, int columns) {
     const uint32_t tile = places.out;
+    const uint32_t corner = tile + OutTile::offset(g, 2 * t);
     const int lane = hidden(this->lane);
-    float scaled[kCols / 2];
-#pragma unroll
-    for (int i = 0; i < kCols / 2; ++i) scaled[i] = o[i] * row_scale[i / 2 % 2];
     __syncwarp();  // the rows of the chunk before have left
-    Engine::template store<kCols, OutTile>(tile, 0, 0, scaled, 0);
+#pragma unroll
+    for (int i = 0; i < kCols / 2; i += 2) {
+      const uint32_t address = OutTile::shift(corner, i / 4 * 8) + i / 2 % 2 * 8 * OutTile::kRowBytes;
+      shared_at<uint32_t>(address) = pack_bf16(o[i] * row_scale[i / 2 % 2], o[i + 1] * row_scale[i / 2 % 2]);
+    }
     __syncwarp();
     const bool is_aligned = (reinterpret_cast<uintptr_t>(base) | args.out.token_stride * 2) % 16 == 0 && columns % 8 == 0;
     constexpr int kUnits = kCols / 8;

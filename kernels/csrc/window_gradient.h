@@ -31,9 +31,6 @@ struct WindowGradientArgs {
 // On `stream`; 0 or an error (launch.cuh). The call for dq comes first.
 int run_window_query_gradient(int dtype, const WindowGradientArgs& args, void* stream);
 int run_window_key_gradient(int dtype, const WindowGradientArgs& args, void* stream);
-// Both and dv of the window in one kernel, where the device and the problem allow that. delta and far_weight are written.
-bool takes_window_gradients_sm90(int dtype, const WindowGradientArgs& args, const Rows& dv);
-int run_window_gradients_sm90(const WindowGradientArgs& args, const Rows& dv, void* stream);
 // 0 if the kernels take these dimensions in this dtype on the current device, else an error.
 int check_window_gradient(int dtype, int dim, int value_dim);
 
