@@ -108,10 +108,14 @@ struct RingPipe {
   int taken = 0, freed = 0;  // stages; more than one may be taken before the first is freed
   uint32_t parity = 0;
 
-  // `are_whole`: all tokens of the tiles are sources. What is not has been cleared by the time of return.
+  // `are_whole`: all tokens of the tiles are sources. What is not has been cleared by the time of return. A stage is full
+  // only after the warp that clears has freed it, so that its barrier is in the phase of this turn. Asked before, one that
+  // is a turn behind, since nobody waited for it over whole tiles, would pass for one that is done.
   __device__ __forceinline__ StageTiles acquire(bool are_whole) {
-    if (!are_whole) ptx::mbarrier_wait(Layout::cleared(base, taken), parity);
-    return acquire();
+    const uint32_t bar = Layout::cleared(base, taken), turn = parity;
+    const StageTiles tiles = acquire();
+    if (!are_whole) ptx::mbarrier_wait(bar, turn);
+    return tiles;
   }
   __device__ __forceinline__ void pass() {
     acquire();
