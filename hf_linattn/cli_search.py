@@ -43,7 +43,7 @@ def read_variants(texts: Sequence[str]) -> list[Variant]:
     variants = []
     for text in texts:
         name, *overrides = shlex.split(text) or [""]
-        if not name or "=" in name or name == TEACHER:
+        if not name or set("=/") & set(name) or name == TEACHER:
             raise UserError(f"--variant: expected 'NAME A.B=C ...', a name of its own first, got {text!r}")
         if name in [variant.name for variant in variants]:
             raise UserError(f"--variant: expected every name once, got {name!r} twice; rename one")

@@ -310,6 +310,7 @@ def test_ablate_compares_variants_of_a_recipe(base, text, tmp_path):
     [
         ((), "--variant: expected at least one"),
         (("window=8",), "expected 'NAME A.B=C ...', a name of its own first, got 'window=8'"),
+        (("../a",), "a name of its own first, got '../a'"),
         (("a", "a"), "expected every name once, got 'a' twice"),
         (("a attention.windw=8",), "attention.window"),
     ],
