@@ -84,7 +84,8 @@ def transfer_attention(
     )
     with StageProgress(run, STAGE, num_steps, first_step) as progress:
         for step in range(first_step, num_steps):
-            seed_step(seed, step, accelerator.process_index)
+            # Processes draw the same queries for `weights_loss`, as one with all their rows would.
+            seed_step(seed, step, process=0)
             factor = learning_rate_factor(step, num_steps, config.warmup, config.schedule)
             set_learning_rates(optimizer, factor)
             optimizer.zero_grad()
