@@ -13,6 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from hf_linattn import attention_modules
+from hf_linattn.attention import in_autocast_dtype
 from hf_linattn.sequence import sequence_layout
 
 # Without an entry of this name in AttentionMaskInterface, no mask is made.
@@ -39,9 +40,7 @@ def packed_softmax_forward(
         sliding_window: keys a query sees, its own included; None for all.
     """
     batch, heads, length, _ = query.shape
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = in_autocast_dtype(query, key, value)
     layout = sequence_layout(None, position_ids, (batch, length), query.device)
     if layout is None:
         bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_linattn import softmax_attention
+from hf_linattn.evals.bench_timing import peak_bytes
 
 MIB = 2**20
 PREFILL_TOKENS = 16384
@@ -85,10 +86,10 @@ def _measure(
     is_cuda = model.device.type == "cuda"
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (batch, context), generator=generator).to(model.device)
-    before = _start_counting(is_cuda)
     short, long = new_tokens
-    _generate(model, ids, short, cache)
+    # The first call warms up and compiles.
     size = _cache_bytes(_generate(model, ids, short, cache)[1])
+    peak = peak_bytes(lambda: _generate(model, ids, short, cache), model.device) if is_cuda else None
     seconds = {n: statistics.median(_generate(model, ids, n, cache)[0] for _ in range(runs)) for n in (short, long)}
     step = (seconds[long] - seconds[short]) / (long - short)
     return {
@@ -96,7 +97,7 @@ def _measure(
         "step_ms": 1e3 * step,
         "tokens_per_s": batch / step if step > 0 else None,
         "cache_mib": size / MIB,
-        "peak_mib": (torch.cuda.max_memory_allocated() - before) / MIB if is_cuda else None,
+        "peak_mib": None if peak is None else peak / MIB,
     }
 
 
@@ -133,14 +134,6 @@ def _cache_bytes(cache) -> int:
         # The recorded forwards of assisted decoding belong to no ordinary step.
         collect({name: value for name, value in vars(layer).items() if name != "_history"})
     return sum(storages.values())
-
-
-def _start_counting(is_cuda: bool) -> int:
-    if not is_cuda:
-        return 0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
 
 
 def _synchronize(model: PreTrainedModel) -> None:

@@ -108,10 +108,7 @@ class LinearAttention(nn.Module):
         Returns:
             `[B, T, H, V]`, contiguous, in value's dtype.
         """
-        device_type = query.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        query, key, value = in_autocast_dtype(query, key, value)
         with autocast_off(query.device):
             q_len = query.shape[2]
             past = 0 if cache_layer is None else cache_layer.get_seq_length() - q_len
@@ -226,6 +223,14 @@ class LinearAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, window={self.window}"
+
+
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`tensors`, all on one device, in the dtype of the autocast they are under; unchanged outside of one."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 
 
 def linear_attention_forward(
