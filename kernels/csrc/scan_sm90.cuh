@@ -534,10 +534,11 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   if (is_clustered) ptx::cluster_arrive(), ptx::cluster_wait();
   else __syncthreads();
   const int warpgroup = threadIdx.x / kWarpgroupThreads, warp = threadIdx.x / 32 % 4;
-  // An SM has 512 registers for the threads of the CTA with the same place in their warpgroups.
+  // Registers are dealt anew by role, from those that a thread has at the start: a sum beyond that waits for ever.
+  constexpr int kAtStart = 64 * 1024 / threads_sm90(kKind, kTiles) / 8 * 8, kToDeal = kAtStart * (kConsumers + 1);
   constexpr int kProducerRegisters = Work::kWindowed && !Work::kRowConstant ? 32 : 24;
   constexpr int kRowRegisters = Work::kHasWindow ? 160 : !Work::kProjects ? 152 : Work::kCausal ? 168 : 176;
-  constexpr int kLeftRegisters = (512 - kProducerRegisters - kRowWarpgroups * kRowRegisters) / kTiles / 8 * 8;
+  constexpr int kLeftRegisters = (kToDeal - kProducerRegisters - kRowWarpgroups * kRowRegisters) / kTiles / 8 * 8;
   constexpr int kStateRegisters = kLeftRegisters < 240 ? kLeftRegisters : 240;
   if (warpgroup == kConsumers) {
     if (kConsumers > 1) ptx::register_dealloc<kProducerRegisters>();
