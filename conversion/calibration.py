@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_linattn.attention import feature_inputs
 from hf_linattn.conversion.far_keys import SMALLEST_WEIGHT, FarKeys
 
 # Queries per block: the N x N weights exist for one block of rows at a time.
@@ -51,6 +52,7 @@ def far_keys_of(module, query: Tensor, key: Tensor, scaling: float | None, kwarg
         hidden_states=kwargs.get("linattn_hidden_states"),
         sliding_window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
+        feature_inputs=feature_inputs(module, query, key, kwargs),
     )
 
 

@@ -30,6 +30,7 @@ class FarKeys:
         scale, softcap, sliding_window: the teacher's.
         position_ids: `[B or 1, T]`; resets start a new document.
         hidden_states: `[B, T, hidden]`, for a data-dependent gate.
+        feature_inputs: query and key as the feature maps see them (hf_linattn.attention); None for `query`, `key`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class FarKeys:
         hidden_states: Tensor | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        feature_inputs: tuple[Tensor, Tensor] | None = None,
     ):
         batch, _, length, _ = query.shape
         self.num_kv_heads, self.scale, self.softcap = key.shape[1], scale, softcap
@@ -54,13 +56,15 @@ class FarKeys:
         self.document_start = self.index - self.positions
         self.map_q, self.a, self.b = linear_attention.feature_map_q, linear_attention.a, linear_attention.b
         self.query, self.key = query, key.float().unsqueeze(2)
-        self.phi_k = linear_attention.feature_map_k(key * scale**0.5, self.positions).unsqueeze(2)
+        self.feature_query, feature_key = feature_inputs or (query, key)
+        self.phi_k = linear_attention.feature_map_k(feature_key * scale**0.5, self.positions).unsqueeze(2)
         self.log_decay = _log_decay(linear_attention.gate, hidden_states, self.num_kv_heads, self.index)
 
     def pairs(self, rows: Tensor, num_keys: int) -> Pairs:
         """Queries `rows` (int64 `[Q]`, each at least the window) against the keys before `num_keys`."""
         query, positions = self.query[..., rows, :], self.positions[:, rows]
-        phi_q = self.map_q(query * self.scale**0.5, positions).unflatten(1, (self.num_kv_heads, -1))
+        phi_q = self.map_q(self.feature_query[..., rows, :] * self.scale**0.5, positions)
+        phi_q = phi_q.unflatten(1, (self.num_kv_heads, -1))
         i, j = self.index[rows][:, None], self.index[None, :num_keys]
         seen = (j <= i) & (j >= self.document_start[:, rows, None])
         if self.sliding_window is not None:

@@ -5,6 +5,8 @@ One call: the model's attention module -> cache.update -> `linear_attention_forw
 token with a cache runs the step op, which updates the state in place.
 """
 
+import sys
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -55,6 +57,7 @@ class LinearAttention(nn.Module):
     ):
         super().__init__()
         self.window, self.normalize = window, config.normalize
+        self.rotary_features = config.rotary_features
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         # The control of every evaluation: False leaves the softmax window alone (hf_linattn.window_only).
         self.linear_branch = True
@@ -91,6 +94,7 @@ class LinearAttention(nn.Module):
         sliding_window: int | None = None,
         softcap: float | None = None,
         dropout: float = 0.0,
+        feature_inputs: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Causal attention over the new tokens and the cached state.
 
@@ -104,6 +108,8 @@ class LinearAttention(nn.Module):
             sliding_window: the teacher's own window, which ours must not exceed to equal it on short prompts.
             softcap: the teacher's tanh cap on logits.
             dropout: the model's attention dropout in training.
+            feature_inputs: query and key as the feature maps see them, from the function of this name; None for
+                `query` and `key` as they are.
 
         Returns:
             `[B, T, H, V]`, contiguous, in value's dtype.
@@ -112,7 +118,9 @@ class LinearAttention(nn.Module):
         with autocast_off(query.device):
             q_len = query.shape[2]
             past = 0 if cache_layer is None else cache_layer.get_seq_length() - q_len
-            features = self._features(query, key, value, scaling, position_ids, past, hidden_states)
+            features = self._features(
+                query, key, value, feature_inputs or (query, key), scaling, position_ids, past, hidden_states
+            )
             options = self._options(scaling, sliding_window, softcap)
             if q_len == 1 and cache_layer is not None:
                 o = self._decode(features, options, cache_layer)
@@ -120,14 +128,17 @@ class LinearAttention(nn.Module):
                 o = self._prefill(features, options, cache_layer, attention_mask, position_ids, past)
         return self.dropout(o.to(value.dtype), dropout).contiguous()
 
-    def _features(self, query, key, value, scaling, position_ids, past, hidden_states) -> dict[str, Tensor]:
+    def _features(
+        self, query, key, value, feature_inputs, scaling, position_ids, past, hidden_states
+    ) -> dict[str, Tensor]:
         """The tensors of the op, `[B, T, H, *]` views."""
         positions = position_ids
         if positions is None or positions.ndim != 2:
             positions = (torch.arange(query.shape[2], device=query.device) + past).unsqueeze(0)
         root = scaling**0.5
-        phi_q = self.feature_map_q(query * root, positions).to(query.dtype).transpose(1, 2)
-        phi_k = self.feature_map_k(key * root, positions).to(key.dtype).transpose(1, 2)
+        feature_query, feature_key = feature_inputs
+        phi_q = self.feature_map_q(feature_query * root, positions).to(query.dtype).transpose(1, 2)
+        phi_k = self.feature_map_k(feature_key * root, positions).to(key.dtype).transpose(1, 2)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         tensors = (
             {"q": q, "k": k, "v": v, "phi_q": phi_q, "phi_k": phi_k}
@@ -233,6 +244,29 @@ def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 
 
+def feature_inputs(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict) -> tuple[Tensor, Tensor]:
+    """`query` and `key` as the feature maps of `module` see them: with RoPE, or turned back by the same angle.
+
+    `kwargs` are those of the attention function. The model's own function turns back, however it pairs dimensions.
+
+    Raises:
+        ValueError: without `rotary_features`, for a model without rotary embeddings.
+    """
+    # SmolLM3 has layers without RoPE.
+    if module.linear_attention.rotary_features or not getattr(module, "use_rope", True):
+        return query, key
+    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    angles = kwargs.get("linattn_position_embeddings")
+    if rotate is None or angles is None:
+        raise ValueError(
+            f"rotary_features: expected True for {type(module).__name__}, which has no rotary embedding, got False"
+        )
+    cos, sin = angles
+    # Some models turn the first dimensions of a head only.
+    turned = rotate(query[..., : cos.shape[-1]], key[..., : cos.shape[-1]], cos, -sin)
+    return tuple(torch.cat([x, y[..., cos.shape[-1] :]], -1) for x, y in zip(turned, (query, key), strict=True))
+
+
 def linear_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -269,6 +303,7 @@ def linear_attention_forward(
         sliding_window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
         dropout=dropout,
+        feature_inputs=feature_inputs(module, query, key, kwargs),
     )
     return o, None
 

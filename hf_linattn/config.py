@@ -23,6 +23,9 @@ class LinearAttentionConfig:
         feature_map (`str`, defaults to `"hedgehog"`): phi, applied to q and k after RoPE; one of `hedgehog`, `elu`,
             `relu`, `identity` (L2-normalised q and k with f(x) = a + b x), `performer`, `cosformer`, `taylor`, `t2r`.
         feature_map_kwargs (`dict`): options of the feature map, e.g. `{"feature_dim": 32}`.
+        rotary_features (`bool`, defaults to `True`): `False` takes RoPE off q and k again before the feature map, so
+            that far keys are told apart by what they are, not by where, and positions beyond those of training look
+            like any other. The softmax window keeps RoPE.
         window (`int`, defaults to 64): number of most recent keys, the query's own included, that keep exact softmax.
             0 = no window: pure linear attention.
         layer_windows (`dict[int, int]`): layer index -> window, for layers whose window differs from `window`. Layers
@@ -44,6 +47,7 @@ class LinearAttentionConfig:
 
     feature_map: FeatureMapName = "hedgehog"
     feature_map_kwargs: dict[str, Any] = field(default_factory=dict)
+    rotary_features: bool = True
     window: int = 64
     layer_windows: dict[int, int] = field(default_factory=dict)
     softmax_layers: tuple[int, ...] = ()
@@ -60,6 +64,8 @@ class LinearAttentionConfig:
         _check_choice("dropout_form", self.dropout_form, get_args(DropoutForm))
         if not isinstance(self.feature_map_kwargs, dict):
             raise ValueError(f"feature_map_kwargs: expected a dict of options, got {self.feature_map_kwargs!r}")
+        if not isinstance(self.rotary_features, bool):
+            raise ValueError(f"rotary_features: expected True or False, got {self.rotary_features!r}")
         if not _is_int(self.window) or self.window < 0:
             raise ValueError(f"window: expected an integer >= 0 (0 = no softmax window), got {self.window!r}")
         if self.window and not self.normalize:

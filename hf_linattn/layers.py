@@ -104,7 +104,7 @@ def _build(config: LinearAttentionConfig, model_config, module: nn.Module, windo
 
 
 def _give_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook: the cache layer and the hidden states reach the attention function as keyword arguments."""
+    """Forward pre-hook: cache layer, hidden states and RoPE's angles reach the attention function as keyword arguments."""
     cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
     # Softmax in a converted layer (softmax_attention) keeps the ordinary cache.
     if cache is not None and hasattr(cache, "layers") and module.config._attn_implementation == ATTENTION_NAME:
@@ -112,6 +112,8 @@ def _give_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
         kwargs["linattn_cache"] = layers.layers[module.layer_idx]
     if module.linear_attention.gate is not None:
         kwargs["linattn_hidden_states"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    if not module.linear_attention.rotary_features:
+        kwargs["linattn_position_embeddings"] = kwargs.get("position_embeddings")
     return args, kwargs
 
 

@@ -8,31 +8,31 @@ import json
 import re
 from pathlib import Path
 
-from hf_linattn.evals.report import table_rows
+from hf_linattn.evals.report import Row, table_rows
 from hf_linattn.evals.results_file import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "evals" / "results"
 # Rows of the table of the kernels, in this order; the others stay in the file.
-KERNEL_IMPLS = ("ours", "fla", "fla-unnormalized", "mlstm", "sdpa-flash", "sdpa-cudnn")
+KERNEL_IMPLS = ("ours", "ours-window", "fla", "fla-unnormalized", "mlstm", "sdpa-flash", "sdpa-cudnn")
 VARIANTS = ("teacher", "student", "window_only")
 NONE_YET = "No result is committed yet. `hf-linattn convert` writes the same figures for your own model.\n"
 
 
 def results_block(folder: Path = RESULTS) -> str:
-    """Markdown for every results file in `folder`: three lines each, and where they come from."""
-    files = sorted(path for path in folder.glob("*/*.json") if path.parent.name not in ("kernels", "ablations"))
-    if not files:
+    """Markdown for the newest results of every recipe in `folder`, means over seeds, and where they come from."""
+    paths = sorted(path for path in folder.glob("*/*.json") if path.parent.name not in ("kernels", "ablations"))
+    if not paths:
         return NONE_YET
     lines = ["| recipe | measured | teacher | converted | its window alone |", "|---|---|---|---|---|"]
     notes = []
-    for number, path in enumerate(files, start=1):
-        results = read_results(path)
-        for first, row in enumerate(_telling_rows(results)):
-            label = f"`{results['recipe']}` [{number}]" if first == 0 else ""
-            cells = " | ".join(_cell(row, variant) for variant in VARIANTS)
-            lines.append(f"| {label} | {row.label} | {cells} |")
-        notes.append(_note(number, path, results))
+    for number, runs in enumerate(_newest_runs(paths), start=1):
+        rows = [_telling_rows(results) for _, results in runs]
+        for label in rows[0]:
+            recipe = f"`{runs[0][1]['recipe']}` [{number}]" if label == next(iter(rows[0])) else ""
+            cells = " | ".join(_cell([of_run[label] for of_run in rows if label in of_run], v) for v in VARIANTS)
+            lines.append(f"| {recipe} | {label} | {cells} |")
+        notes.append(_note(number, runs))
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
@@ -85,29 +85,54 @@ def filled_readme() -> str:
     return readme if kernels is None else fill(readme, kernels, "kernel results")
 
 
-def _telling_rows(results: dict) -> list:
+def _newest_runs(paths: list[Path]) -> list[list[tuple[Path, dict]]]:
+    """For every recipe, the files of its newest day, one a seed."""
+    by_recipe: dict[str, list[tuple[Path, dict]]] = {}
+    for path in paths:
+        results = read_results(path)
+        by_recipe.setdefault(results["recipe"], []).append((path, results))
+    newest = [max(results["date"][:10] for _, results in runs) for runs in by_recipe.values()]
+    return [
+        sorted((run for run in runs if run[1]["date"][:10] == day), key=lambda run: run[1].get("seed") or 0)
+        for runs, day in zip(by_recipe.values(), newest, strict=True)
+    ]
+
+
+def _telling_rows(results: dict) -> dict[str, Row]:
     """The mean over tasks, and the figures that lie farthest from the window: what a short task cannot show."""
-    rows = table_rows(results)
-    groups = ("mean of the", "wikitext word_perplexity", "perplexity at", "passkey at", "mqar at")
-    of_group = [[row for row in rows if row.label.startswith(group)] for group in groups]
-    return [found[-1] for found in of_group if found]
+    rows = {row.label: row for row in table_rows(results)}
+    groups = ("mean of the", "lambada_openai perplexity", "wikitext word_perplexity", "perplexity at")
+    wanted = [[label for label in rows if label.startswith(group)][-1:] for group in groups]
+    for kind in ("passkey at", "mqar at"):
+        of_kind = [label for label in rows if label.startswith(kind)]
+        wanted.append([label for label in of_kind if label == f"{kind} 1024" or label == of_kind[-1]])
+    return {label: rows[label] for labels in wanted for label in labels}
 
 
-def _cell(row, variant: str) -> str:
-    if variant not in row.values:
+def _cell(rows: list[Row], variant: str) -> str:
+    """The mean over seeds, and how far one of them is from it where there are several."""
+    values = [row.values[variant] for row in rows if variant in row.values]
+    if not values:
         return ""
-    return f"{row.values[variant]:.2f}" if row.is_perplexity else f"{row.values[variant]:.3f}"
+    mean, digits = sum(values) / len(values), 2 if rows[0].is_perplexity else 3
+    spread = max(abs(value - mean) for value in values)
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
 
-def _note(number: int, path: Path, results: dict) -> str:
+def _note(number: int, runs: list[tuple[Path, dict]]) -> str:
+    results = runs[0][1]
     facts = [f"{results['date'][:10]}", str(results["environment"].get("device"))]
     if results["tokens"]:
-        facts.append(f"{results['tokens'] / 1e6:.1f}M training tokens in {results['seconds'] / 60:.1f} minutes")
+        minutes = sum(run["seconds"] for _, run in runs) / len(runs) / 60
+        facts.append(f"{results['tokens'] / 1e6:.1f}M training tokens in {minutes:.1f} minutes")
+    if len(runs) > 1:
+        facts.append(f"{len(runs)} seeds (teacher and window alone: one)")
     if results["commit"]:
         facts.append(f"commit {results['commit']}")
-    where = path.relative_to(ROOT).as_posix()
+    places = [path.relative_to(ROOT).as_posix() for path, _ in runs]
     command = results["command"].splitlines()[0]
-    return f"[{number}] {', '.join(facts)}; `{command}`; all figures and commands: [{where}]({where})."
+    links = ", ".join(f"[{where}]({where})" for where in places)
+    return f"[{number}] {', '.join(facts)}; `{command}`; all figures and commands: {links}."
 
 
 def _multiple(row: dict, kind: str) -> str:

@@ -43,6 +43,7 @@ struct Layout90 {
   static constexpr int kQ = kZ + (Work::kHasSources ? kTiles * kZBytes : 0);
   static constexpr int kStageBytes = kQ + (Work::kProjects ? kZBytes : 0);
   static constexpr int kRowGroups = row_groups_of(Work::kScanKind), kRowWarps = kRowGroups * 4;
+  static constexpr bool kIsCleared = Work::kHasSources;  // otherwise no warp clears
   static constexpr int kStateWarps = kTiles * 4;
   static constexpr int kConsumerWarps = kRowWarps + (Work::kHasSources ? kStateWarps + 1 : 0);
   static constexpr int kRowTokenBytes = Work::kRowArrays * Work::kTokenArrayBytes;
@@ -108,20 +109,19 @@ struct RingPipe {
   int taken = 0, freed = 0;  // stages; more than one may be taken before the first is freed
   uint32_t parity = 0;
 
-  // `are_whole`: all tokens of the tiles are sources. What is not has been cleared by the time of return. A stage is full
-  // only after the warp that clears has freed it, so that its barrier is in the phase of this turn. Asked before, one that
-  // is a turn behind, since nobody waited for it over whole tiles, would pass for one that is done.
-  __device__ __forceinline__ StageTiles acquire(bool are_whole) {
+  // The tiles of the next stage, cleared of other sequences. The copy is waited for first: a stage is filled again only
+  // after the warp that clears has freed it, so that the other barrier is then in the phase of this turn.
+  __device__ __forceinline__ StageTiles acquire() {
     const uint32_t bar = Layout::cleared(base, taken), turn = parity;
-    const StageTiles tiles = acquire();
-    if (!are_whole) ptx::mbarrier_wait(bar, turn);
+    const StageTiles tiles = acquire_as_copied();
+    if (Layout::kIsCleared) ptx::mbarrier_wait(bar, turn);
     return tiles;
   }
   __device__ __forceinline__ void pass() {
-    acquire();
+    acquire_as_copied();
     release();
   }
-  __device__ __forceinline__ StageTiles acquire() {
+  __device__ __forceinline__ StageTiles acquire_as_copied() {
     ptx::mbarrier_wait(Layout::full(base, taken), parity);
     const uint32_t tiles = Layout::stage(base, taken);
     if (++taken == Layout::kStages) taken = 0, parity ^= 1;
@@ -214,16 +214,15 @@ __device__ __forceinline__ void clear_tiles(const Work& work, uint32_t base) {
   const int chunks = chunk_count(work.segment);
   auto clear = [&](const TileTokens& sources) {
     const int stage_index = pipe.taken;
-    const StageTiles stage = pipe.acquire();
+    const StageTiles stage = pipe.acquire_as_copied();
     if (!sources.is_whole()) {
       work.template clear_rows<typename Work::XTile, Work::kRowsPadded>(stage.y, sources);
       for (int i = 0; i < Layout::kStateWarps / 4; ++i) {
         work.template clear_rows<typename Work::ZTile, Work::kColumns>(stage.z + i * Layout::kZBytes, sources);
       }
       work.publish_to_engine();
-      __syncwarp();
     }
-    if (work.lane == 0) ptx::mbarrier_arrive(Layout::cleared(base, stage_index));
+    ptx::mbarrier_arrive(Layout::cleared(base, stage_index));
     pipe.release();
   };
   for (int step = 0; step < chunks; ++step) {
@@ -280,7 +279,7 @@ __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
     const TileTokens sources = work.far_tokens(work.first_token(work.chunk_at(item.step, chunks)));
     if (work.with_token_arrays(sources)) chunk_decay = work.template publish_tokens<false, true>(next, sources);
     load_item(item.following(members));
-    stage = pipe.acquire(sources.is_whole());
+    stage = pipe.acquire();
   };
   auto load_fragments = [&](auto& fragments) {
 #pragma unroll
@@ -402,7 +401,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
         float p[kChunk / 2], lse[2];
         typename Work::FragmentA weights[kChunk / 16];
         work.load_lse(lse, work.source_token(first, tile), sources, member);
-        const StageTiles stage = pipe.acquire(sources.is_whole());
+        const StageTiles stage = pipe.acquire();
         work.publish_lse(lse);
         if (member == 0 && i == window.begin + own) work.load_rows(x, stage.x);
         multiply_scores(p, stage.y);
@@ -429,7 +428,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
       if (member == 0) work.start_rows(rows, next);
       if (Work::kTokenInputs && member + 1 < members) work.load_tokens(next, chunk, member + 1);
       else if (Work::kTokenInputs && step + kRowGroups < chunks) work.load_tokens(next, work.chunk_at(step + kRowGroups, chunks), 0);
-      const StageTiles stage = pipe.acquire(!Work::kHasSources || sources.is_whole());
+      const StageTiles stage = pipe.acquire();
       if (member == 0) work.load_rows(x, stage.x);
       // Products run beside the ordinary code that follows them: weights are formed under the read of the state.
       float p[kChunk / 2];
@@ -520,7 +519,7 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
     for (int i = 0; i < Layout::kStages; ++i) {
       ptx::mbarrier_init(Layout::full(base, i), 1);
       ptx::mbarrier_init(Layout::empty(base, i), Layout::kConsumerWarps);
-      ptx::mbarrier_init(Layout::cleared(base, i), 1);
+      ptx::mbarrier_init(Layout::cleared(base, i), 32);
     }
     for (int i = 0; i < Layout::kRowGroups; ++i) {
       ptx::mbarrier_init(Layout::published(base, i), kWarpgroupThreads);

@@ -1,10 +1,11 @@
 """Conversion in place: what is replaced, what is refused, and that a refusal changes nothing."""
 
 import copy
+import sys
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import ARCHITECTURES, tiny_model
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -86,6 +87,46 @@ def test_every_attention_form_decodes_as_it_prefills(feature_map, window, decay)
     steps = [model(x[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(15, 20)]
     split = torch.cat([middle, *steps], 1)
     assert (split - whole[:, 7:]).abs().max() < 1e-4 * whole.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ("gpt2", "opt")])
+def test_features_without_rope_see_what_the_projections_gave(name, monkeypatch):
+    model = linearize(tiny_model(name), LinearAttentionConfig(window=4, rotary_features=False))
+    attention = sys.modules[type(hf_linattn.attention_modules(model)[0]).__module__]
+    rotate, before, seen = attention.apply_rotary_pos_emb, [], []
+    with monkeypatch.context() as patch:
+        # Turning back calls it too, with what it has returned.
+        patch.setattr(
+            attention, "apply_rotary_pos_emb", lambda q, *a, **kw: (before.append(q), rotate(q, *a, **kw))[1]
+        )
+        for module in hf_linattn.linear_attention_modules(model).values():
+            module.feature_map_q.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(ids(30), use_cache=False)
+    scaling = hf_linattn.attention_modules(model)[0].scaling
+    # A layer without RoPE (SmolLM3) calls no rotation.
+    rotated = [i for i, m in hf_linattn.attention_modules(model).items() if getattr(m, "use_rope", True)]
+    assert len(before) == 2 * len(rotated)
+    for first, i in zip(before[::2], rotated, strict=True):
+        assert torch.allclose(
+            seen[i][..., : first.shape[-1]], first * scaling**0.5, atol=1e-4 * float(first.abs().max())
+        )
+
+
+@torch.no_grad()
+def test_features_without_rope_decode_as_they_prefill():
+    model = linearize(tiny_model("llama"), LinearAttentionConfig(window=4, rotary_features=False))
+    x = ids(20, batch=2)
+    whole = model(x, use_cache=False).logits
+    cache = model(x[:, :15], use_cache=True).past_key_values
+    split = torch.cat([model(x[:, t : t + 1], past_key_values=cache).logits for t in range(15, 20)], 1)
+    assert (split - whole[:, 15:]).abs().max() < 1e-4 * whole.abs().max()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_features_without_rope_need_a_model_with_it(name):
+    with pytest.raises(ValueError, match="^rotary_features: expected True for .*no rotary embedding"):
+        linearize(tiny_model(name), LinearAttentionConfig(window=4, rotary_features=False))
 
 
 @torch.no_grad()
