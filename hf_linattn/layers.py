@@ -104,7 +104,7 @@ def _build(config: LinearAttentionConfig, model_config, module: nn.Module, windo
 
 
 def _give_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook: cache layer, hidden states and RoPE's angles reach the attention function as keyword arguments."""
+    """Forward pre-hook: cache layer, hidden states and RoPE's angles reach the attention function by keyword."""
     cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
     # Softmax in a converted layer (softmax_attention) keeps the ordinary cache.
     if cache is not None and hasattr(cache, "layers") and module.config._attn_implementation == ATTENTION_NAME:
