@@ -112,6 +112,15 @@ def test_results_block_is_made_from_a_results_file(tmp_path, monkeypatch):
     assert "|  | passkey at 256 | 0.600 | 0.550 | 0.500 |" in block
     assert "2.0M training tokens in 1.5 minutes" in block
     assert "(evals/results/quick/gpu.json)" in block
+    # Another seed of the same day is averaged in; an older day is left out.
+    again = results | {"seed": 1, "seconds": 110.0, "student": {"piqa": {"acc": 0.57}, "sciq": {"acc": 0.57}}}
+    path.with_name("gpu-seed1.json").write_text(json.dumps(again))
+    path.with_name("old.json").write_text(json.dumps(again | {"date": "2025-12-31T00:00:00"}))
+    block = results_block(path.parents[1])
+    assert "| `quick` [1] | mean of the 2 tasks | 0.600 ± 0.000 | 0.560 ± 0.010 | 0.500 ± 0.000 |" in block
+    assert "in 1.7 minutes, 2 seeds" in block
+    assert "gpu-seed1.json" in block
+    assert "old.json" not in block
 
 
 def test_repository_tree_lists_the_folders_that_exist():
