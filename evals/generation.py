@@ -1,9 +1,9 @@
 """Tokens a second and memory of `generate`: a converted model beside the softmax it came from.
 
 Both are the same weights: `softmax` runs the attention that the layers had, with the usual key-value cache. Contexts
-are random tokens, read in pieces. A step's time is the difference of two calls that generate different numbers of
-tokens, so that prefill and what is done once drop out. `static` is Transformers' static cache, whose decode step it
-compiles on a GPU.
+are random tokens, read in pieces; `generate` takes over at the last one. A step's time is the difference of two calls
+that generate different numbers of tokens, so that what is done once drops out. `static` is Transformers' static cache,
+whose decode step `generate` compiles on a GPU.
 
     tokens_per_s = batch (n_long - n_short) / (t_long - t_short)
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from hf_linattn import softmax_attention
 from hf_linattn.evals.bench_timing import peak_bytes
@@ -23,6 +23,7 @@ from hf_linattn.evals.bench_timing import peak_bytes
 MIB = 2**20
 PREFILL_TOKENS = 16384
 """Tokens of all rows that prefill reads at once."""
+CACHES, VARIANTS = ("dynamic", "static"), ("softmax", "student")
 FIELDS = (
     "variant",
     "cache",
@@ -42,8 +43,8 @@ def generation_speed(
     *,
     contexts: Iterable[int] = (1024, 4096, 16384, 65536),
     batches: Iterable[int] = (1, 16, 64),
-    caches: Iterable[str] = ("dynamic", "static"),
-    variants: Iterable[str] = ("softmax", "student"),
+    caches: Iterable[str] = CACHES,
+    variants: Iterable[str] = VARIANTS,
     new_tokens: tuple[int, int] = (8, 40),
     runs: int = 3,
 ) -> Iterator[dict]:
@@ -58,8 +59,8 @@ def generation_speed(
         runs: timed calls, of which the median counts.
 
     Yields:
-        Rows in the fields of `FIELDS`; `note` says why figures are missing, e.g. for want of memory. `peak_mib` is the
-        growth of the device's memory over the weights, None off CUDA.
+        Rows in the fields of `FIELDS`; `note` says why figures are missing, e.g. for want of memory. `prefill_s` reads
+        all but the last token. `peak_mib` is the growth of the device's memory over the weights, None off CUDA.
     """
     model.eval()
     for batch in batches:
@@ -87,13 +88,24 @@ def _measure(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (batch, context), generator=generator).to(model.device)
     short, long = new_tokens
+    # One static cache for all calls: another one, or another length, would be compiled or recorded anew when timed.
+    static = StaticCache(config=model.config, max_cache_len=context + long) if cache == "static" else None
+
+    def call(count: int) -> tuple[float, float, Cache]:
+        past = DynamicCache(config=model.config) if static is None else static
+        past.reset()
+        return *_time_call(model, ids, count, past), past
+
     # The first call warms up and compiles.
-    size = _cache_bytes(_generate(model, ids, short, cache)[1])
-    peak = peak_bytes(lambda: _generate(model, ids, short, cache), model.device) if is_cuda else None
-    seconds = {n: statistics.median(_generate(model, ids, n, cache)[0] for _ in range(runs)) for n in (short, long)}
+    size = _cache_bytes(call(short)[2])
+    peak = peak_bytes(lambda: call(short), model.device) if is_cuda else None
+    if peak is not None and static is not None:
+        peak += size  # there before the call
+    timings = {n: [call(n)[:2] for _ in range(runs)] for n in (short, long)}
+    seconds = {n: statistics.median(generated for _, generated in timings[n]) for n in timings}
     step = (seconds[long] - seconds[short]) / (long - short)
     return {
-        "prefill_s": seconds[short] - short * step,
+        "prefill_s": statistics.median(read for read, _ in timings[short] + timings[long]),
         "step_ms": 1e3 * step,
         "tokens_per_s": batch / step if step > 0 else None,
         "cache_mib": size / MIB,
@@ -101,23 +113,22 @@ def _measure(
     }
 
 
-def _generate(model: PreTrainedModel, ids: Tensor, count: int, cache: str) -> tuple[float, object]:
-    """Seconds of one greedy call of exactly `count` new tokens, and its cache."""
-    settings = {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count, "return_dict_in_generate": True}
-    if ids.numel() > PREFILL_TOKENS:
-        settings["prefill_chunk_size"] = max(1, PREFILL_TOKENS // len(ids))
-    if cache == "static":
-        settings["cache_implementation"] = "static"
-    _synchronize(model)
-    started = time.perf_counter()
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
-    _synchronize(model)
-    if output.sequences.shape[1] != ids.shape[1] + count:
-        raise RuntimeError(f"generate: expected {count} new tokens, got {output.sequences.shape[1] - ids.shape[1]}")
-    return time.perf_counter() - started, output.past_key_values
+def _time_call(model: PreTrainedModel, ids: Tensor, count: int, past: Cache) -> tuple[float, float]:
+    """Seconds to read all tokens but the last into the empty cache `past`, and to generate `count` tokens greedily."""
+    # Not by `generate`, which would compile a prefill in pieces into a static cache.
+    started = _synchronized_time(model)
+    for piece in ids[:, :-1].split(max(1, PREFILL_TOKENS // len(ids)), 1):
+        model.base_model(input_ids=piece, past_key_values=past, use_cache=True)
+    read = _synchronized_time(model)
+    settings = {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count, "pad_token_id": 0}
+    sequences = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=past, **settings)
+    done = _synchronized_time(model)
+    if sequences.shape[1] != ids.shape[1] + count:
+        raise RuntimeError(f"generate: expected {count} new tokens, got {sequences.shape[1] - ids.shape[1]}")
+    return read - started, done - read
 
 
-def _cache_bytes(cache) -> int:
+def _cache_bytes(cache: Cache) -> int:
     """Bytes of every tensor that the layers of a cache hold, each storage once."""
     storages = {}
 
@@ -136,6 +147,7 @@ def _cache_bytes(cache) -> int:
     return sum(storages.values())
 
 
-def _synchronize(model: PreTrainedModel) -> None:
+def _synchronized_time(model: PreTrainedModel) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -19,11 +19,13 @@ from hf_linattn.cli_options import (
     Device,
     Folder,
     Model,
+    Only,
     Output,
     Overrides,
     Overwrite,
     Resume,
     Seed,
+    Shapes,
     Source,
     Suite,
     TaskData,
@@ -312,10 +314,8 @@ def bench(
         list[str] | None, typer.Option(help="Leave out implementations that begin with this, e.g. fla; repeatable.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default by device.")] = None,
-    shapes: Annotated[
-        list[str] | None,
-        typer.Option("--shape", metavar="B,H,N,D", help="Batch, heads, tokens, head_dim; repeatable."),
-    ] = None,
+    shapes: Shapes = None,
+    only: Only = None,
     runs: Annotated[int, typer.Option(help="Timed repetitions, of which the median counts.", min=1)] = 20,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="JSON file to write or to add the suite to; plots beside it.")
@@ -326,7 +326,7 @@ def bench(
     from hf_linattn.cli_evaluation import measure_generation, measure_ops
 
     if suite == "generation":
-        measure_generation(model, runs=runs, output=output, device=device)
+        measure_generation(model, only or [], runs=runs, output=output, device=device)
         return
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise UserError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from hf_linattn.cli_options import read_choices, read_numbers
 from hf_linattn.errors import UserError
 from hf_linattn.info import check_device, device_name, model_facts
 from hf_linattn.loading import load_model
@@ -139,11 +140,14 @@ def measure_ops(
         logger.info("wrote %s", ", ".join(map(str, (output, *plot_results(output)))))
 
 
-def measure_generation(model: str | None, *, runs: int, output: Path | None, device: str | None) -> None:
+def measure_generation(
+    model: str | None, only: Sequence[str], *, runs: int, output: Path | None, device: str | None
+) -> None:
     """Tokens a second and memory of `generate`, beside the softmax that the model had; print a table, keep JSON.
 
     Args:
         model (`str`, *optional*): a converted model; None is an error that says so.
+        only (`Sequence[str]`): the option `--only`: which contexts, batches, caches and variants, by default all.
         runs (`int`): timed calls of each combination.
         output (`Path`, *optional*): JSON file, rewritten after every row.
         device (`str`, *optional*): None takes the accelerator, else the CPU.
@@ -151,11 +155,17 @@ def measure_generation(model: str | None, *, runs: int, output: Path | None, dev
     from rich.console import Console
     from rich.table import Table
 
-    from hf_linattn.evals.generation import FIELDS, generation_speed
+    from hf_linattn.evals.generation import CACHES, FIELDS, VARIANTS, generation_speed
     from hf_linattn.evals.results_file import checkout_commit, write_results
 
     if model is None:
         raise UserError("--model: expected a converted model for the suite generation, got none")
+    chosen = read_choices("--only", only, ("contexts", "batches", "caches", "variants"))
+    for name in {"contexts", "batches"} & set(chosen):
+        chosen[name] = read_numbers(f"--only {name}", ",".join(chosen[name]))
+    for name, known in (("caches", CACHES), ("variants", VARIANTS)):
+        if unknown := sorted(set(chosen.get(name, ())) - set(known)):
+            raise UserError(f"--only {name}: expected {' or '.join(known)}, got {unknown[0]!r}")
     facts, where = model_facts(model), check_device(device)
     loaded, _ = load_model(model, dtype=facts.dtype, device=where)
     results = {
@@ -170,7 +180,7 @@ def measure_generation(model: str | None, *, runs: int, output: Path | None, dev
     }
     # Small where nothing but the path can be shown.
     sizes = {} if where.type == "cuda" else {"contexts": (64, 256), "batches": (1,), "new_tokens": (2, 6)}
-    for row in generation_speed(loaded, runs=runs, **sizes):
+    for row in generation_speed(loaded, runs=runs, **sizes | chosen):
         results["rows"].append(row)
         if output is not None:
             write_results(output, results)

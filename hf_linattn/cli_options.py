@@ -1,5 +1,6 @@
 """Arguments and options that several commands of the command line share, and how their values are read."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,15 @@ Suite = Annotated[
     str,
     typer.Option(
         help="bars, sweep, paper, decode, errors or all (see evals/bench_suites.py); generation for a whole model."
+    ),
+]
+Shapes = Annotated[
+    list[str] | None, typer.Option("--shape", metavar="B,H,N,D", help="Batch, heads, tokens, head_dim; repeatable.")
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=A,B", help="For the suite generation: contexts, batches, caches or variants; repeatable."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the accelerator, else the CPU.")]
@@ -58,3 +68,14 @@ def read_numbers(option: str, text: str, count: int | None = None) -> list[int]:
     if not all(part.isdigit() and int(part) for part in parts) or len(parts) != (count or len(parts)):
         raise UserError(f"{option}: expected {count or 'some'} positive numbers with commas between, got {text!r}")
     return [int(part) for part in parts]
+
+
+def read_choices(option: str, texts: list[str], names: Collection[str]) -> dict[str, list[str]]:
+    """{name: parts} of texts NAME=A,B, for each of `names` at most once. Raises UserError, which names `option`."""
+    chosen = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if name not in names or name in chosen or not read_list(values):
+            raise UserError(f"{option}: expected NAME=A,B, each once, of {', '.join(names)}; got {text!r}")
+        chosen[name] = read_list(values)
+    return chosen

@@ -341,3 +341,14 @@ def test_bench_measures_generation_of_a_converted_model(converted, tmp_path):
     assert {(row["variant"], row["cache"]) for row in rows} == {
         (variant, cache) for variant in ("softmax", "student") for cache in ("dynamic", "static")
     }
+    for only in ("caches=paged", "contexts=many", "rows=3"):
+        assert_refused(
+            run("bench", "--model", converted.folder, *options, "--only", only), "--only", only.split("=")[1]
+        )
+    some = ("--only", "contexts=16,32", "--only", "caches=dynamic", "--only", "variants=student")
+    assert run("bench", "--model", converted.folder, *options, *some).exit_code == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["variant"], row["cache"], row["context"]) for row in rows] == [
+        ("student", "dynamic", 16),
+        ("student", "dynamic", 32),
+    ]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import tiny_model
+from transformers import CompileConfig
 
 from hf_linattn import LinearAttentionConfig, linearize
 from hf_linattn.evals import generation
@@ -47,13 +48,35 @@ def test_a_static_cache_holds_no_more_than_the_state(model):
 
 def test_long_contexts_are_read_in_pieces(model, monkeypatch):
     seen = []
-    hook = model.register_forward_pre_hook(
+    hook = model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     monkeypatch.setattr(generation, "PREFILL_TOKENS", 64)
     list(generation_speed(model, contexts=(128,), caches=("dynamic",), variants=("student",), **OPTIONS))
     hook.remove()
     assert max(seen) == 32
+
+
+def test_timed_calls_compile_nothing(model, monkeypatch):
+    """Of the static cache's calls the first one compiles; the others find its graph whatever they generate."""
+    frames = []
+
+    def backend(graph, _):
+        frames.append(graph)
+        return graph.forward
+
+    compiled = CompileConfig(backend=backend, mode=None)
+    compiled._compile_all_devices = True
+    monkeypatch.setattr(model.generation_config, "compile_config", compiled)
+    after, time_call = [], generation._time_call
+    monkeypatch.setattr(
+        generation, "_time_call", lambda *arguments: (time_call(*arguments), after.append(len(frames)))[0]
+    )
+    torch.compiler.reset()
+    list(generation_speed(model, contexts=(32, 16), caches=("static",), batches=(2,), new_tokens=(4, 9), runs=2))
+    calls = 5
+    assert [after[i] for i in range(0, 4 * calls, calls)] == [1, 2, 3, 4]
+    assert all(after[i] == after[i - i % calls] for i in range(4 * calls))
 
 
 def test_running_out_of_memory_costs_one_row(model, monkeypatch):
