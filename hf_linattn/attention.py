@@ -125,7 +125,8 @@ class LinearAttention(nn.Module):
             if q_len == 1 and cache_layer is not None:
                 o = self._decode(features, options, cache_layer)
             else:
-                o = self._prefill(features, options, cache_layer, attention_mask, position_ids, past)
+                prefill = self._prefill if cache_layer is None else self._prefill_outside_graphs
+                o = prefill(features, options, cache_layer, attention_mask, position_ids, past)
         return self.dropout(o.to(value.dtype), dropout).contiguous()
 
     def _features(
@@ -193,6 +194,10 @@ class LinearAttention(nn.Module):
             cache_layer.record(state, q_len, None if layout is not None else self._replay(tensors, options, state))
             cache_layer.store(final_state)
         return o
+
+    # `generate` compiles a prompt read in pieces into a static cache. A state made there would belong to CUDA graphs,
+    # whose next replay writes over it.
+    _prefill_outside_graphs = torch.compiler.disable(_prefill)
 
     def _replay(self, tensors, options, state):
         def advance(keep: int):

@@ -44,12 +44,12 @@ class LinearAttentionCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self._history: deque[_Forward] = deque(maxlen=MAX_RECORDED_FORWARDS)
 
     # What Transformers calls -----------------------------------------------------------------------------------------
+    @torch.compiler.disable
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         if isinstance(self.seen, Tensor):
             self.seen = self.seen.to(self.device)
-            if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(self.seen)
+            torch._dynamo.mark_static_address(self.seen)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

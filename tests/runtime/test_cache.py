@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from tiny_models import tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from hf_linattn import LinearAttentionConfig, linear_attention_modules, linearize
 from hf_linattn.cache import LinearAttentionCacheLayer, convert_cache
@@ -208,6 +208,35 @@ def test_multi_turn_reuse_of_the_returned_cache(model):
     options["attention_mask"] = torch.ones_like(turn)
     second = model.generate(turn, past_key_values=first.past_key_values, **options)
     assert torch.equal(second.sequences, model.generate(turn, **options).sequences)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [None, 6])
+def test_generate_compiles_a_static_cache_once(model, chunk):
+    """As it does softmax: one graph for every step of every call, and no new one for the next call's cache."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    # A prompt in pieces is compiled too, where our prefill steps out of the graph.
+    compiled = CompileConfig(backend=backend, mode=None, fullgraph=chunk is None)
+    compiled._compile_all_devices = True
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    options |= {"cache_implementation": "static", "prefill_chunk_size": chunk, "return_dict_in_generate": True}
+    options |= {"output_logits": True, "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    eager = model.generate(ids(2, 12), disable_compile=True, **options)
+    for _ in range(2):
+        output = model.generate(ids(2, 12), compile_config=compiled, **options)
+        assert close(torch.stack(output.logits), torch.stack(eager.logits))
+        assert len(graphs) == 1 or chunk
+    for layer in output.past_key_values.layers:
+        if isinstance(layer, LinearAttentionCacheLayer):
+            # Otherwise every replay of a CUDA graph would copy them in.
+            static = [layer.seen, *(t for t in layer.state if t is not None)]
+            assert all(t._dynamo_static_input_type for t in static)
 
 
 @torch.no_grad()
