@@ -118,11 +118,11 @@ class LinearAttention(nn.Module):
         with autocast_off(query.device):
             q_len = query.shape[2]
             past = 0 if cache_layer is None else cache_layer.get_seq_length() - q_len
-            features = self._features(
-                query, key, value, feature_inputs or (query, key), scaling, position_ids, past, hidden_states
-            )
+            is_step = q_len == 1 and cache_layer is not None
+            inputs = (query, key) if feature_inputs is None else feature_inputs
+            features = self._features(query, key, value, inputs, scaling, position_ids, past, hidden_states, is_step)
             options = self._options(scaling, sliding_window, softcap)
-            if q_len == 1 and cache_layer is not None:
+            if is_step:
                 o = self._decode(features, options, cache_layer)
             else:
                 prefill = self._prefill if cache_layer is None else self._prefill_outside_graphs
@@ -130,24 +130,27 @@ class LinearAttention(nn.Module):
         return self.dropout(o.to(value.dtype), dropout).contiguous()
 
     def _features(
-        self, query, key, value, feature_inputs, scaling, position_ids, past, hidden_states
+        self, query, key, value, feature_inputs, scaling, position_ids, past, hidden_states, is_step
     ) -> dict[str, Tensor]:
-        """The tensors of the op, `[B, T, H, *]` views."""
+        """The tensors of the op, `[B, T, H, *]` views; `[B, H, *]` for a step."""
         positions = position_ids
         if positions is None or positions.ndim != 2:
             positions = (torch.arange(query.shape[2], device=query.device) + past).unsqueeze(0)
         root = scaling**0.5
         feature_query, feature_key = feature_inputs
-        phi_q = self.feature_map_q(feature_query * root, positions).to(query.dtype).transpose(1, 2)
-        phi_k = self.feature_map_k(feature_key * root, positions).to(key.dtype).transpose(1, 2)
-        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        phi_q = self.feature_map_q(feature_query * root, positions).to(query.dtype)
+        phi_k = self.feature_map_k(feature_key * root, positions).to(key.dtype)
+        q, k, v, phi_q, phi_k = (
+            x[:, :, 0] if is_step else x.transpose(1, 2) for x in (query, key, value, phi_q, phi_k)
+        )
         tensors = (
             {"q": q, "k": k, "v": v, "phi_q": phi_q, "phi_k": phi_k}
             if self.window
             else {"q": phi_q, "k": phi_k, "v": v}
         )
         if self.gate is not None:
-            tensors |= self.gate(hidden_states)
+            gates = self.gate(hidden_states)
+            tensors |= {n: t[:, 0] if is_step and n == "g" else t for n, t in gates.items()}
         return tensors
 
     def _options(self, scaling, sliding_window, softcap) -> dict:
@@ -211,15 +214,16 @@ class LinearAttention(nn.Module):
         if state is None:
             cache_layer.store(self._empty_state(tensors, options))
             state = cache_layer.load()
-        cache_layer.record(state, 1, lambda keep: cache_layer.state)
+        if cache_layer.record_past:
+            cache_layer.record(state, 1, lambda keep: cache_layer.state)
         step = window_linear_attention_step if self.window else linear_attention_step
-        options = {name: value for name, value in options.items() if name != "window"}
-        one = {n: t if n == "g_gamma" else t[:, 0] for n, t in tensors.items()}
-        return step(**one, state=state, **options).unsqueeze(1)
+        # The ring knows its length.
+        options.pop("window", None)
+        return step(**tensors, state=state, **options).unsqueeze(1)
 
     def _empty_state(self, tensors, options):
-        batch, heads = tensors["k"].shape[0], self.num_kv_heads
         k, v = tensors["k"], tensors["v"]
+        batch, heads = k.shape[:2]
         if not self.window:
             return init_state(
                 batch, heads, k.shape[-1], v.shape[-1], device=k.device, a=self.a, normalize=self.normalize

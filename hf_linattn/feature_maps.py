@@ -38,7 +38,7 @@ class FeatureMap(nn.Module):
         return nn.Parameter(torch.empty(self.num_heads * self.head_dim, columns, dtype=torch.float32))
 
     def _project(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x.float() @ weight.float().view(-1, self.head_dim, weight.shape[-1])
+        return _heads_second(_heads_first(x.float()) @ _per_head(weight, self.head_dim), x)
 
     @torch.no_grad()
     def _init_identity(self, weight: nn.Parameter) -> None:
@@ -97,15 +97,17 @@ class HedgehogFeatureMap(FeatureMap):
             init.zeros_(self.output_weight)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        y = self._project(x, self.weight)
+        rows = _heads_first(x.float())
+        y = rows @ _per_head(self.weight, self.head_dim)
         if self.hidden_dim:
-            hidden = F.silu(self._project(x, self.hidden_weight))
-            y = y + hidden @ self.output_weight.float().view(-1, self.hidden_dim, y.shape[-1])
-        features = torch.cat([y.softmax(-1), y.neg().softmax(-1)], -1)
-        if not self.magnitude:
-            return features
-        size = self._project(x, self.magnitude_weight) + self.magnitude_bias.float()[:, None, None]
-        return features * size.clamp(-self.max_magnitude, self.max_magnitude).exp()
+            hidden = F.silu(rows @ _per_head(self.hidden_weight, self.head_dim))
+            y = y.baddbmm_(hidden, _per_head(self.output_weight, self.hidden_dim))
+        features = torch.cat([y, -y], -1).view(*y.shape[:2], 2, y.shape[2]).softmax(-1).flatten(-2)
+        if self.magnitude:
+            size = rows @ _per_head(self.magnitude_weight, self.head_dim)
+            size += _in_float32(self.magnitude_bias).view(-1, 1, 1)
+            features = features * size.clamp(-self.max_magnitude, self.max_magnitude).exp()
+        return _heads_second(features, x)
 
 
 class T2RFeatureMap(FeatureMap):
@@ -268,6 +270,29 @@ def build_feature_map(
     if "max_positions" in known and "max_positions" not in options:
         raise ValueError(f"feature_map_kwargs: {name!r} needs max_positions, which this model's config does not give")
     return cls(num_heads, head_dim, **options)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """`[B, H, T, D]` -> `[H, B * T, D]`, a view where T lies outside of H in memory, as projections leave it.
+
+    One product per head takes all rows: broadcast over B, `@` would copy the weights for each of them.
+    """
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _heads_second(y: Tensor, x: Tensor) -> Tensor:
+    """`[H, B * T, F]` -> `[B, H, T, F]`, a view, for x `[B, H, T, D]`."""
+    return y.view(y.shape[0], x.shape[0], x.shape[2], y.shape[2]).transpose(0, 1)
+
+
+def _per_head(weight: Tensor, rows: int) -> Tensor:
+    """`[H * rows, F]` -> `[H, rows, F]`, float32."""
+    return _in_float32(weight).view(-1, rows, weight.shape[-1])
+
+
+def _in_float32(x: Tensor) -> Tensor:
+    # A cast that does nothing still costs a decode step a call of an op.
+    return x if x.dtype == torch.float32 else x.float()
 
 
 def _positive(name: str, value: int) -> int:

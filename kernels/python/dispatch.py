@@ -143,8 +143,10 @@ def _default_for(device: torch.device, dtype: torch.dtype) -> str:
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     """Ops choose their own precision: autocast would round their float32 products."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
+    device_type = device.type
+    # Asked before, since entering `torch.autocast` costs the host microseconds at every call.
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
