@@ -101,11 +101,11 @@ class HedgehogFeatureMap(FeatureMap):
         y = rows @ _per_head(self.weight, self.head_dim)
         if self.hidden_dim:
             hidden = F.silu(rows @ _per_head(self.hidden_weight, self.head_dim))
-            y = y.baddbmm_(hidden, _per_head(self.output_weight, self.hidden_dim))
+            y = torch.baddbmm(y, hidden, _per_head(self.output_weight, self.hidden_dim))
         features = torch.cat([y, -y], -1).view(*y.shape[:2], 2, y.shape[2]).softmax(-1).flatten(-2)
         if self.magnitude:
             size = rows @ _per_head(self.magnitude_weight, self.head_dim)
-            size += _in_float32(self.magnitude_bias).view(-1, 1, 1)
+            size = size + _in_float32(self.magnitude_bias).view(-1, 1, 1)
             features = features * size.clamp(-self.max_magnitude, self.max_magnitude).exp()
         return _heads_second(features, x)
 

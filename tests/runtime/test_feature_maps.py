@@ -62,6 +62,14 @@ def test_hedgehog_with_magnitude_and_hidden_layer_starts_as_hedgehog():
     assert extended(1e4 * x(), POSITIONS).isfinite().all()
 
 
+def test_hedgehog_under_autocast():
+    """Attention transfer evaluates the map within the autocast of a bf16 model."""
+    feature_map = make("hedgehog", magnitude=True, hidden_dim=5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = feature_map(x(), POSITIONS)
+    assert torch.allclose(y, feature_map(x(), POSITIONS), atol=0.02)
+
+
 def test_t2r_elu_relu_identity():
     y = x()
     assert torch.allclose(make("t2r")(y, POSITIONS), (y * D**0.25).relu(), atol=1e-6)
