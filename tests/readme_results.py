@@ -15,13 +15,15 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "evals" / "results"
 # Rows of the table of the kernels, in this order; the others stay in the file.
 KERNEL_IMPLS = ("ours", "ours-window", "fla", "fla-unnormalized", "mlstm", "sdpa-flash", "sdpa-cudnn")
+# Folders whose files are not of one conversion.
+OTHER_RESULTS = ("kernels", "ablations", "generation", "larger-models")
 VARIANTS = ("teacher", "student", "window_only")
 NONE_YET = "No result is committed yet. `hf-linattn convert` writes the same figures for your own model.\n"
 
 
 def results_block(folder: Path = RESULTS) -> str:
     """Markdown for the newest results of every recipe in `folder`, means over seeds, and where they come from."""
-    paths = sorted(path for path in folder.glob("*/*.json") if path.parent.name not in ("kernels", "ablations"))
+    paths = sorted(path for path in folder.glob("*/*.json") if path.parent.name not in OTHER_RESULTS)
     if not paths:
         return NONE_YET
     lines = ["| recipe | measured | teacher | converted | its window alone |", "|---|---|---|---|---|"]
