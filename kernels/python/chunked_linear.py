@@ -6,7 +6,7 @@ The backward saves q, k, v, o, the denominators and the gates; the states of the
 import torch
 from torch import Tensor
 
-from hf_linattn.kernels.dispatch import autocast_off
+from hf_linattn.kernels.dispatch import autocast_off, outside_old_graphs
 from hf_linattn.kernels.linear_chunks import (
     LinearForm,
     chunk_size_for,
@@ -21,6 +21,7 @@ from hf_linattn.kernels.sequence_layout import chunk_layout
 from hf_linattn.kernels.state import LinearAttentionState
 
 
+@outside_old_graphs
 def chunked_linear_attention(
     q: Tensor,
     k: Tensor,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_linattn.kernels.dispatch import autocast_off
+from hf_linattn.kernels.dispatch import autocast_off, outside_old_graphs
 from hf_linattn.kernels.linear_chunks import (
     LinearForm,
     LinearGradients,
@@ -44,6 +44,7 @@ class WindowForm(NamedTuple):
     softcap: float | None
 
 
+@outside_old_graphs
 def chunked_window_linear_attention(
     q: Tensor,
     k: Tensor,

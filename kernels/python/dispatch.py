@@ -143,11 +143,19 @@ def _default_for(device: torch.device, dtype: torch.dtype) -> str:
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     """Ops choose their own precision: autocast would round their float32 products."""
-    device_type = device.type
-    # Asked before, since entering `torch.autocast` costs the host microseconds at every call.
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
+    # Asked before, since entering `torch.autocast` costs the host microseconds at every call. "meta" has no autocast;
+    # PyTorch 2.11 cannot compile `torch.amp.is_autocast_available`.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def outside_old_graphs(function: Callable) -> Callable:
+    """`function`, kept out of graphs of PyTorch before 2.13.
+
+    These compile in-place work in the forward of an autograd function to gradients of zero.
+    """
+    return function if torch.__version__ >= (2, 13) else torch.compiler.disable(function)
 
 
 def where_grad_is_on(wrap: Callable[[Callable], Callable]) -> Callable[[Callable], Callable]:
