@@ -54,5 +54,6 @@ def test_more_elements_than_a_32_bit_offset_reaches(target, names, gigabytes):
         for name, (x, y) in pairs.items():
             # Segments may differ with the number of heads; the far end is where a wrapped offset would show. There a
             # window holds one in two thousand keys, and its dq and dk are small differences: 5.7e-2 was measured.
+            last = 1.2e-1 if "phi_q" in leaves and name in ("dq", "dk") else 2e-2
             assert relative_rmse(x, y) < 2e-2, (name, kv_head)
-            assert relative_rmse(x[:, -1000:], y[:, -1000:]) < 1.2e-1, (name, kv_head, "last tokens")
+            assert relative_rmse(x[:, -1000:], y[:, -1000:]) < last, (name, kv_head, "last tokens")
