@@ -61,7 +61,7 @@ class FarKeys:
         self.log_decay = _log_decay(linear_attention.gate, hidden_states, self.num_kv_heads, self.index)
 
     def pairs(self, rows: Tensor, num_keys: int) -> Pairs:
-        """Queries `rows` (int64 `[Q]`, each at least the window) against the keys before `num_keys`."""
+        """Queries `rows` (int64 `[Q]`) against the keys before `num_keys`; those within the first window see none far."""
         query, positions = self.query[..., rows, :], self.positions[:, rows]
         phi_q = self.map_q(self.feature_query[..., rows, :] * self.scale**0.5, positions)
         phi_q = phi_q.unflatten(1, (self.num_kv_heads, -1))
@@ -76,7 +76,7 @@ class FarKeys:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         weights = self.a + self.b * (phi_q @ self.phi_k[..., :num_keys, :].mT)
         if self.log_decay is not None:
-            entered = self.log_decay[..., rows - self.window, None]
+            entered = self.log_decay[..., (rows - self.window).clamp_min(0), None]
             weights = weights * (entered - self.log_decay[..., None, :num_keys]).clamp(max=0).exp()[:, :, None]
         far, near = ((seen & part)[:, None, None] for part in (is_far, ~is_far))
         return Pairs(logits, weights, far, near)

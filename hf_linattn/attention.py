@@ -16,7 +16,7 @@ from hf_linattn.cache import LinearAttentionCacheLayer
 from hf_linattn.config import LinearAttentionConfig
 from hf_linattn.dropout import AttentionDropout
 from hf_linattn.feature_maps import build_feature_map
-from hf_linattn.gates import GATES
+from hf_linattn.gates import build_gate
 from hf_linattn.kernels import (
     init_state,
     init_window_state,
@@ -69,7 +69,9 @@ class LinearAttention(nn.Module):
         if self.window:
             # Natural log of the weight of the linear part beside exp(scale q.k), per query head.
             self.log_scale = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
-        self.gate = GATES[config.decay](num_kv_heads, hidden_size) if config.decay else None
+        self.gate = (
+            build_gate(config.decay, num_kv_heads, hidden_size, config.decay_kwargs) if config.decay else None
+        )
         self.dropout = AttentionDropout(config.dropout, config.dropout_form)
 
     def reset_parameters(self) -> None:

@@ -33,6 +33,7 @@ class LinearAttentionConfig:
         softmax_layers (`tuple[int, ...]`): indices of the layers left as they are.
         decay (`str`, *optional*): `None`, `"fixed"` (one learned decay per KV head) or `"scalar"` (per token and KV
             head, computed from the layer's hidden states).
+        decay_kwargs (`dict`): options of the decay, e.g. `{"half_life": [256, 1024], "learned": False}`.
         normalize (`bool`, defaults to `True`): divide by the sum of the weights. A window requires it.
         a, b (`float`, *optional*): coefficients of f(x) = a + b x on x = phi(q).phi(k); `None` takes the feature map's
             own (1 and 1 for `identity`, else 0 and 1).
@@ -52,6 +53,7 @@ class LinearAttentionConfig:
     layer_windows: dict[int, int] = field(default_factory=dict)
     softmax_layers: tuple[int, ...] = ()
     decay: DecayName | None = None
+    decay_kwargs: dict[str, Any] = field(default_factory=dict)
     normalize: bool = True
     a: float | None = None
     b: float | None = None
@@ -62,8 +64,11 @@ class LinearAttentionConfig:
         _check_choice("feature_map", self.feature_map, get_args(FeatureMapName))
         _check_choice("decay", self.decay, (None, *get_args(DecayName)))
         _check_choice("dropout_form", self.dropout_form, get_args(DropoutForm))
-        if not isinstance(self.feature_map_kwargs, dict):
-            raise ValueError(f"feature_map_kwargs: expected a dict of options, got {self.feature_map_kwargs!r}")
+        for name in ("feature_map_kwargs", "decay_kwargs"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name}: expected a dict of options, got {getattr(self, name)!r}")
+        if self.decay_kwargs and self.decay is None:
+            raise ValueError(f"decay_kwargs: expected a decay beside them, got {self.decay_kwargs} with decay=None")
         if not isinstance(self.rotary_features, bool):
             raise ValueError(f"rotary_features: expected True or False, got {self.rotary_features!r}")
         if not _is_int(self.window) or self.window < 0:

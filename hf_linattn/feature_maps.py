@@ -6,13 +6,14 @@ Gemma do not use D**-0.5). The map of k lives on the KV head. Per-head weights a
 sharding by rows keeps head by head.
 """
 
-import inspect
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
+
+from hf_linattn.options import check_options, known_options
 
 
 class FeatureMap(nn.Module):
@@ -260,11 +261,8 @@ def build_feature_map(
         ValueError: an option the map does not have, naming those it has.
     """
     cls, options = FEATURE_MAPS[name], dict(options or {})
-    known = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "num_heads", "head_dim")]
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"feature_map_kwargs: {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}"
-        )
+    known = known_options(cls, "num_heads", "head_dim")
+    check_options("feature_map_kwargs", name, options, known)
     if "max_positions" in known and max_positions is not None:
         options.setdefault("max_positions", max_positions)
     if "max_positions" in known and "max_positions" not in options:

@@ -144,8 +144,7 @@ struct ScanWarpgroup {
   // sums beside it give: either both have the bias, or neither.
   // State kinds see one segment only.
   static constexpr bool kSumsApart = Engine::kTruncates && !(Engine::kIsAsync && kRows > 64 &&
-                                                             (kRowConstant || kKind == ScanKind::kValueGrad || kStateOnly ||
-                                                              kWindowed));
+                                                             (kProjects || kHasWindow || kKind == ScanKind::kValueGrad || kStateOnly));
   static constexpr int kRowsPadded = kRows, kColumns = kCols, kPartsOfX = kXParts;
   static constexpr int kStateTiles = kRows / 64;
   static constexpr int kSteps = kRows / 16, kPartSteps = kSteps / kXParts;

@@ -202,6 +202,14 @@ def test_weights_divergence_is_the_kl_of_all_weights(decay, softcap):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in attention.parameters())
 
 
+@pytest.mark.parametrize("decay", [None, "fixed", "scalar"])
+def test_rows_within_the_window_have_no_weights_loss(decay):
+    attention = linear_attention_modules(converted(decay=decay, window=64))[1]
+    query, key = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8)
+    keys = FarKeys(attention, query, key, scale=0.5, hidden_states=torch.randn(2, 12, 32))
+    assert attention_weights_divergence(attention, keys, 8) == 0
+
+
 def test_weights_loss_brings_the_weights_closer(accelerator, corpus, run):
     model = converted(feature_map_kwargs={"magnitude": True, "hidden_dim": 8})
     batch = stack_rows(corpus, range(4), 64)

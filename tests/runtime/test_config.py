@@ -48,6 +48,8 @@ def test_layer_windows_outlive_the_string_keys_of_json():
         ({"dropout_form": "inverted"}, "dropout_form: expected one of"),
         ({"a": "1"}, "a: expected a number"),
         ({"feature_map_kwargs": 3}, "feature_map_kwargs: expected a dict"),
+        ({"decay": "fixed", "decay_kwargs": 3}, "decay_kwargs: expected a dict"),
+        ({"decay_kwargs": {"learned": False}}, "decay_kwargs: expected a decay beside them"),
     ],
 )
 def test_errors_name_argument_and_expectation(values, message):

@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 
 from hf_linattn import LinearAttentionConfig, linear_attention_modules, linearize, set_attention_dropout
 from hf_linattn.dropout import AttentionDropout
-from hf_linattn.gates import FixedDecay, ScalarGate
+from hf_linattn.gates import FixedDecay, ScalarGate, build_gate
 
 
 @pytest.mark.parametrize(("form", "mean"), [("mean_preserving", 1.0), ("printed", 0.8)])
@@ -55,6 +55,32 @@ def test_fixed_decay_half_lives():
     g_gamma = gate(None)["g_gamma"]
     half_lives = math.log(0.5) / g_gamma
     assert torch.allclose(half_lives, torch.tensor([256.0, 1024.0, 4096.0, 16384.0]), rtol=1e-3)
+
+
+def test_a_decay_that_is_not_learned_is_saved_and_gets_no_gradient():
+    form = LinearAttentionConfig(decay="fixed", decay_kwargs={"half_life": [32, 512], "learned": False})
+    model = linearize(tiny_model(), form)
+    gates = [m.gate for m in linear_attention_modules(model).values()]
+    for gate in gates:
+        assert not list(gate.parameters())
+        half_lives = math.log(0.5) / gate(None)["g_gamma"]
+        assert half_lives.tolist()[0] == pytest.approx(32, rel=1e-5)
+        assert half_lives.tolist()[-1] == pytest.approx(512, rel=1e-5)
+    assert sum(name.endswith("gate.log_rate") for name in model.state_dict()) == len(gates)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("fixed", {"halflife": 3}, "'fixed' has no option 'halflife'; its options: half_life, learned"),
+        ("scalar", {"half_life": [1, 2]}, "'scalar' has no option 'half_life'; its options: none"),
+        ("fixed", {"half_life": 256}, "half_life must be two positive numbers of tokens.*got 256"),
+        ("fixed", {"half_life": [0, 256]}, "half_life must be two positive numbers"),
+    ],
+)
+def test_wrong_options_of_a_decay_are_named(name, options, message):
+    with pytest.raises(ValueError, match=f"^decay_kwargs: {message}"):
+        build_gate(name, 2, 8, options)
 
 
 def test_scalar_gate_is_a_decay_and_learns():
