@@ -107,7 +107,11 @@ def transfer_attention(
 
 @torch.no_grad()
 def calibrate_log_scale(accelerator: Accelerator, model: PreTrainedModel, batch: Batch) -> dict[int, Tensor]:
-    """Set every `log_scale` in closed form from one batch (calibration.py); returns them by layer, `[H]` each."""
+    """Set every `log_scale`, and the sinks, in closed form from one batch (calibration.py).
+
+    Returns:
+        `log_scale` by layer, `[H]` each.
+    """
     modules = {i: m for i, m in linear_attention_modules(model).items() if m.window}
     if not modules:
         return {}
@@ -117,6 +121,9 @@ def calibrate_log_scale(accelerator: Accelerator, model: PreTrainedModel, batch:
         total, count = (accelerator.reduce(part, "sum") for part in observer.sums[i])
         # A teacher window no longer than ours has no far keys: there is nothing to fit.
         module.log_scale.copy_(torch.where(count > 0, total / count.clamp_min(1), module.log_scale))
+        if module.sinks:
+            total, count = (accelerator.reduce(part, "sum") for part in observer.sink_keys[i])
+            module.feature_map_q.set_sinks(total / count.clamp_min(1)[:, None, None], -module.log_scale)
     return {i: module.log_scale.detach().clone() for i, module in modules.items()}
 
 

@@ -54,10 +54,11 @@ class FarKeys:
         self.positions = (self.index if position_ids is None else position_ids).expand(batch, length)
         # Keys j < document_start[i] belong to another document.
         self.document_start = self.index - self.positions
+        self.sinks = linear_attention.sinks
         self.map_q, self.a, self.b = linear_attention.feature_map_q, linear_attention.a, linear_attention.b
         self.query, self.key = query, key.float().unsqueeze(2)
-        self.feature_query, feature_key = feature_inputs or (query, key)
-        self.phi_k = linear_attention.feature_map_k(feature_key * scale**0.5, self.positions).unsqueeze(2)
+        self.feature_query, self.feature_key = feature_inputs or (query, key)
+        self.phi_k = linear_attention.feature_map_k(self.feature_key * scale**0.5, self.positions).unsqueeze(2)
         self.log_decay = _log_decay(linear_attention.gate, hidden_states, self.num_kv_heads, self.index)
 
     def pairs(self, rows: Tensor, num_keys: int) -> Pairs:

@@ -27,6 +27,7 @@ from hf_linattn.kernels import (
 )
 from hf_linattn.kernels.dispatch import autocast_off
 from hf_linattn.sequence import pack, sequence_layout, unpack
+from hf_linattn.sinks import SinkKeys, SinkQueries
 
 ATTENTION_NAME = "hf_linattn"
 
@@ -64,14 +65,22 @@ class LinearAttention(nn.Module):
         options = {"max_positions": max_positions, "options": config.feature_map_kwargs}
         self.feature_map_q = build_feature_map(config.feature_map, num_heads, head_dim, **options)
         self.feature_map_k = build_feature_map(config.feature_map, num_kv_heads, head_dim, **options)
+        self.sinks = config.sinks
+        if config.sinks or config.far_length is not None:
+            self.feature_map_q = SinkQueries(self.feature_map_q, config.sinks, config.far_length)
+        if config.sinks:
+            self.feature_map_k = SinkKeys(self.feature_map_k, config.sinks)
         self.a = self.feature_map_q.default_a if config.a is None else float(config.a)
         self.b = self.feature_map_q.default_b if config.b is None else float(config.b)
+        if self.a and config.far_length is not None:
+            raise ValueError(
+                f"far_length: expected None with a constant term, whose weight does not shrink, got "
+                f"{config.far_length} with a={self.a}; set a to 0"
+            )
         if self.window:
             # Natural log of the weight of the linear part beside exp(scale q.k), per query head.
             self.log_scale = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
-        self.gate = (
-            build_gate(config.decay, num_kv_heads, hidden_size, config.decay_kwargs) if config.decay else None
-        )
+        self.gate = build_gate(config.decay, num_kv_heads, hidden_size, config.decay_kwargs) if config.decay else None
         self.dropout = AttentionDropout(config.dropout, config.dropout_form)
 
     def reset_parameters(self) -> None:

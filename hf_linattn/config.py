@@ -26,6 +26,10 @@ class LinearAttentionConfig:
         rotary_features (`bool`, defaults to `True`): `False` takes RoPE off q and k again before the feature map, so
             that far keys are told apart by what they are, not by where, and positions beyond those of training look
             like any other. The softmax window keeps RoPE.
+        sinks (`int`, defaults to 0): number of first tokens of a sequence whose weight, once they are far, is learned
+            on its own (hf_linattn/sinks.py), beside all other far keys.
+        far_length (`int`, *optional*): tokens beyond which the weights of far keys shrink with their number, so that
+            positions beyond those of training find no more far mass than training had.
         window (`int`, defaults to 64): number of most recent keys, the query's own included, that keep exact softmax.
             0 = no window: pure linear attention.
         layer_windows (`dict[int, int]`): layer index -> window, for layers whose window differs from `window`. Layers
@@ -49,6 +53,8 @@ class LinearAttentionConfig:
     feature_map: FeatureMapName = "hedgehog"
     feature_map_kwargs: dict[str, Any] = field(default_factory=dict)
     rotary_features: bool = True
+    sinks: int = 0
+    far_length: int | None = None
     window: int = 64
     layer_windows: dict[int, int] = field(default_factory=dict)
     softmax_layers: tuple[int, ...] = ()
@@ -71,6 +77,10 @@ class LinearAttentionConfig:
             raise ValueError(f"decay_kwargs: expected a decay beside them, got {self.decay_kwargs} with decay=None")
         if not isinstance(self.rotary_features, bool):
             raise ValueError(f"rotary_features: expected True or False, got {self.rotary_features!r}")
+        if not _is_int(self.sinks) or self.sinks < 0:
+            raise ValueError(f"sinks: expected an integer >= 0, got {self.sinks!r}")
+        if self.far_length is not None and (not _is_int(self.far_length) or self.far_length < 1):
+            raise ValueError(f"far_length: expected a number of tokens >= 1 or None, got {self.far_length!r}")
         if not _is_int(self.window) or self.window < 0:
             raise ValueError(f"window: expected an integer >= 0 (0 = no softmax window), got {self.window!r}")
         if self.window and not self.normalize:

@@ -17,4 +17,6 @@ def check_options(argument: str, name: str, options: Mapping[str, Any], known: C
         ValueError: naming `argument`, the option and those that are known.
     """
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"{argument}: {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"{argument}: {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}"
+        )

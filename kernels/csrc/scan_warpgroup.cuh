@@ -143,8 +143,8 @@ struct ScanWarpgroup {
   // summed by themselves and then added, where registers allow. dk and dq are small differences of what the state and the
   // sums beside it give: either both have the bias, or neither.
   // State kinds see one segment only.
-  static constexpr bool kSumsApart = Engine::kTruncates && !(Engine::kIsAsync && kRows > 64 &&
-                                                             (kProjects || kHasWindow || kKind == ScanKind::kValueGrad || kStateOnly));
+  static constexpr bool kHasRegisters = kWindowed ? kRowConstant : kKind == ScanKind::kOutput || kKind == ScanKind::kKeyGrad;
+  static constexpr bool kSumsApart = Engine::kTruncates && !(Engine::kIsAsync && kRows > 64 && !kHasRegisters);
   static constexpr int kRowsPadded = kRows, kColumns = kCols, kPartsOfX = kXParts;
   static constexpr int kStateTiles = kRows / 64;
   static constexpr int kSteps = kRows / 16, kPartSteps = kSteps / kXParts;

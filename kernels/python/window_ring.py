@@ -70,7 +70,10 @@ def prepend_ring(
 def last_ring(
     tokens: TokenTensors, key_is_valid: Tensor | None, cu_seqlens: Tensor | None, window: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """(window_k, window_v, window_phi_k, window_g, window_valid, slot) after the last token: right-aligned, slot 0."""
+    """(window_k, window_v, window_phi_k, window_g, window_valid, slot) after the last token: right-aligned, slot 0.
+
+    Contiguous, however the tokens lie in memory: the compiled step takes no other.
+    """
     _, k, v, _, phi_k, g = tokens
     device = k.device
     if key_is_valid is None:
@@ -82,7 +85,7 @@ def last_ring(
 
         def cut(x: Tensor) -> Tensor:
             x = x[:, x.shape[1] - window + missing :]
-            return F.pad(x, (0, 0) * (x.ndim - 2) + (missing, 0)).clone()
+            return F.pad(x, (0, 0) * (x.ndim - 2) + (missing, 0)).clone(memory_format=torch.contiguous_format)
 
         return (*(None if x is None else cut(x) for x in parts), slot)
 
@@ -93,6 +96,6 @@ def last_ring(
     def gather(x: Tensor) -> Tensor:
         if x.shape[1] == 0:
             return x.new_zeros(*place.shape, *x.shape[2:])
-        return x[0, place].masked_fill(~is_inside.view(*place.shape, *[1] * (x.ndim - 2)), 0)
+        return x[0, place].masked_fill(~is_inside.view(*place.shape, *[1] * (x.ndim - 2)), 0).contiguous()
 
     return (*(None if x is None else gather(x) for x in parts), slot)

@@ -15,7 +15,7 @@ from hf_linattn.conversion.attention_transfer import (
     transfer_loss,
 )
 from hf_linattn.conversion.attention_weights import attention_weights_divergence
-from hf_linattn.conversion.calibration import sum_log_mass_ratio
+from hf_linattn.conversion.calibration import far_keys_of, sum_log_mass_ratio
 from hf_linattn.conversion.config import TransferConfig
 from hf_linattn.conversion.data import stack_rows
 from hf_linattn.conversion.far_keys import FarKeys
@@ -200,6 +200,31 @@ def test_weights_divergence_is_the_kl_of_all_weights(decay, softcap):
         torch.testing.assert_close(actual, torch.stack(parts).sum() / 8, rtol=1e-4, atol=1e-5)
     actual.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in attention.parameters())
+
+
+def test_sinks_start_with_the_weight_softmax_gives_them(accelerator, corpus):
+    """In a layer whose first key is the same everywhere, as in layer 0 for documents that begin with one token."""
+    model = converted(sinks=1, rotary_features=False, softmax_layers=())
+    batch = stack_rows(corpus, range(4), 64)
+    batch.input_ids[batch.position_ids == 0] = 5
+    calibrate_log_scale(accelerator, model, batch)
+    found = {}
+
+    def measure(module, query, key, value, mask, scaling=None, **kwargs):
+        if module.layer_idx == 0:
+            found["keys"] = far_keys_of(module, query, key, scaling, kwargs)
+            found["log_scale"] = module.linear_attention.log_scale.view(2, 2, 1, 1)
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    observe(model, measure, batch)
+    keys, queries = found["keys"], torch.arange(4, 20)
+    _, weights, far, _ = keys.pairs(queries, 16)
+    is_sink = far & (keys.positions[:, :16] == 0)[:, None, None, None]
+    query, key = keys.feature_query, keys.feature_key
+    logits = keys.scale * torch.einsum("bkgqd,bkjd->bkgqj", query[:, :, queries].unflatten(1, (2, 2)), key[:, :, :16])
+    shown = is_sink.expand_as(logits)
+    assert shown.any()
+    torch.testing.assert_close((weights.log() + found["log_scale"])[shown], logits[shown], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("decay", [None, "fixed", "scalar"])

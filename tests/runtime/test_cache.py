@@ -13,6 +13,7 @@ from hf_linattn.cache import LinearAttentionCacheLayer, convert_cache
 
 FORMS = {
     "window": LinearAttentionConfig(window=4, decay="scalar"),
+    "sinks": LinearAttentionConfig(window=4, sinks=2, far_length=8, rotary_features=False),
     "hybrid": LinearAttentionConfig(window=4, softmax_layers=(0, 3)),
     "pure": LinearAttentionConfig(feature_map="identity", window=0, decay="fixed"),
 }
@@ -66,6 +67,9 @@ def test_prefill_in_any_split(model, splits, kind):
     parts = [model(part, past_key_values=cache, use_cache=True).logits for part in x.split(splits, 1)]
     assert close(torch.cat(parts, 1), whole)
     assert int(cache.get_seq_length()) == 30
+    states = [layer.state for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayer)]
+    assert states
+    assert all(x.is_contiguous() for state in states for x in state if x is not None)
 
 
 @torch.no_grad()

@@ -37,6 +37,8 @@ def test_layer_windows_outlive_the_string_keys_of_json():
         ({"layer_windows": {1: 0}}, "layer_windows: expected layer indices >= 0 and windows >= 1, got 1: 0"),
         ({"layer_windows": {1: 4}, "window": 0}, "layer_windows: expected {} together with window=0"),
         ({"feature_map": "hedgehop"}, "feature_map: expected one of hedgehog"),
+        ({"sinks": -1}, "sinks: expected an integer >= 0"),
+        ({"far_length": 0}, "far_length: expected a number of tokens >= 1"),
         ({"window": -1}, "window: expected an integer >= 0"),
         ({"window": 6.5}, "window: expected an integer >= 0"),
         ({"window": True}, "window: expected an integer >= 0"),
