@@ -1,4 +1,4 @@
-"""Closed-form start of `log_scale`, how much the linear part of a layer weighs beside its softmax window, and of sinks.
+"""Closed-form start of `log_scale`, the weight of the linear part of a layer beside its softmax window, and of sinks.
 
 For query i of head h with far keys F_i (those that have left the window), the teacher gives them the mass
 sum_{F_i} exp(scale q_i.k_j) and the linear part sum_{F_i} e^{G_{i-w} - G_j} (a + b phi(q_i).phi(k_j)). log_scale_h is

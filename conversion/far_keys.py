@@ -62,7 +62,7 @@ class FarKeys:
         self.log_decay = _log_decay(linear_attention.gate, hidden_states, self.num_kv_heads, self.index)
 
     def pairs(self, rows: Tensor, num_keys: int) -> Pairs:
-        """Queries `rows` (int64 `[Q]`) against the keys before `num_keys`; those within the first window see none far."""
+        """Queries `rows` (int64 `[Q]`) against the keys before `num_keys`; in the first window none is far."""
         query, positions = self.query[..., rows, :], self.positions[:, rows]
         phi_q = self.map_q(self.feature_query[..., rows, :] * self.scale**0.5, positions)
         phi_q = phi_q.unflatten(1, (self.num_kv_heads, -1))

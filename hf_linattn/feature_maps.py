@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hf_linattn.kernels.dispatch import autocast_off
 from hf_linattn.options import check_options, known_options
+
+# The rows over which a part of a weight's gradient is summed: enough parts for every multiprocessor of a GPU.
+ROWS_OF_A_PIECE = 512
 
 
 class FeatureMap(nn.Module):
@@ -39,7 +43,7 @@ class FeatureMap(nn.Module):
         return nn.Parameter(torch.empty(self.num_heads * self.head_dim, columns, dtype=torch.float32))
 
     def _project(self, x: Tensor, weight: Tensor) -> Tensor:
-        return _heads_second(_heads_first(x.float()) @ _per_head(weight, self.head_dim), x)
+        return _heads_second(_product(_heads_first(x.float()), _per_head(weight, self.head_dim)), x)
 
     @torch.no_grad()
     def _init_identity(self, weight: nn.Parameter) -> None:
@@ -98,15 +102,20 @@ class HedgehogFeatureMap(FeatureMap):
             init.zeros_(self.output_weight)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        rows = _heads_first(x.float())
-        y = rows @ _per_head(self.weight, self.head_dim)
+        # One product reads x for all that is linear in it.
+        weights = [self.weight]
         if self.hidden_dim:
-            hidden = F.silu(rows @ _per_head(self.hidden_weight, self.head_dim))
-            y = torch.baddbmm(y, hidden, _per_head(self.output_weight, self.hidden_dim))
+            weights.append(self.hidden_weight)
+        if self.magnitude:
+            weights.append(self.magnitude_weight)
+        weight = _per_head(torch.cat(weights, 1) if len(weights) > 1 else self.weight, self.head_dim)
+        products = _product(_heads_first(x.float()), weight)
+        y, *rest = products.split([w.shape[1] for w in weights], -1)
+        if self.hidden_dim:
+            y = y + _product(F.silu(rest.pop(0)), _per_head(self.output_weight, self.hidden_dim))
         features = torch.cat([y, -y], -1).view(*y.shape[:2], 2, y.shape[2]).softmax(-1).flatten(-2)
         if self.magnitude:
-            size = rows @ _per_head(self.magnitude_weight, self.head_dim)
-            size = size + _in_float32(self.magnitude_bias).view(-1, 1, 1)
+            size = rest.pop(0) + _in_float32(self.magnitude_bias).view(-1, 1, 1)
             features = features * size.clamp(-self.max_magnitude, self.max_magnitude).exp()
         return _heads_second(features, x)
 
@@ -281,6 +290,37 @@ def _heads_first(x: Tensor) -> Tensor:
 def _heads_second(y: Tensor, x: Tensor) -> Tensor:
     """`[H, B * T, F]` -> `[B, H, T, F]`, a view, for x `[B, H, T, D]`."""
     return y.view(y.shape[0], x.shape[0], x.shape[2], y.shape[2]).transpose(0, 1)
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """`[H, R, D] @ [H, D, F]`, float32 within autocast too."""
+    with autocast_off(rows.device):
+        if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
+            return _PerHeadProduct.apply(rows, weight)
+        return rows @ weight
+
+
+class _PerHeadProduct(torch.autograd.Function):
+    """The gradient of the weights is a sum over all rows with a small result for each head: as one product per head it
+    would keep a few multiprocessors of a GPU busy for longer than all else in the layer takes."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return rows @ weight
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        d_rows = grad @ weight.mT if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return d_rows, None
+        pieces = 1
+        while rows.shape[1] % (2 * pieces) == 0 and rows.shape[1] // (2 * pieces) >= ROWS_OF_A_PIECE:
+            pieces *= 2
+        # unflatten of a dimension does not copy; the product of four-dimensional tensors does.
+        parts = rows.unflatten(1, (pieces, -1)).mT @ grad.unflatten(1, (pieces, -1))
+        return d_rows, parts.sum(1)
 
 
 def _per_head(weight: Tensor, rows: int) -> Tensor:

@@ -6,9 +6,10 @@ what it was while the others add up. Here the first `sinks` tokens have features
 
     phi(k_j) = [0, e_j]  for j < sinks,   [phi(k_j), 0]  for any other key,   phi(q) = [phi(q) r, exp(x_q.u + bias)],
 
-so that the weight of sink j is the exponential of a logit as in softmax, with a learned key u_j of each head in place of
-k_j, which no state has to keep. r = min(1, far_length / (i + 1)) for query i: beyond `far_length` tokens the weights of
-the other far keys shrink with their number, and weigh together what they did at that length, the one of training.
+so that the weight of sink j is the exponential of a logit as in softmax, with a learned key u_j of each head in
+place of k_j, which no state has to keep. r = min(1, far_length / (i + 1)) for query i: beyond `far_length` tokens the
+weights of the other far keys shrink with their number, and weigh together what they did at that length, the one of
+training.
 """
 
 import torch
@@ -48,7 +49,7 @@ class SinkQueries(FeatureMap):
 
     @torch.no_grad()
     def set_sinks(self, keys: Tensor, bias: Tensor) -> None:
-        """Take `keys` `[sinks, H_kv, D]` as u, shared by the query heads of a KV head, and `bias` `[H]` for all sinks."""
+        """u from `keys` `[sinks, H_kv, D]`, the same for the query heads of a KV head; `bias` `[H]` for all sinks."""
         group = self.num_heads // keys.shape[1]
         self.sink_weight.copy_(keys.repeat_interleave(group, 1).permute(1, 2, 0).flatten(0, 1))
         self.sink_bias.copy_(bias[:, None].expand_as(self.sink_bias))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hf_linattn import feature_maps
 from hf_linattn.feature_maps import FEATURE_MAPS, build_feature_map
 
 B, H, T, D = 2, 3, 7, 8
@@ -60,6 +61,19 @@ def test_hedgehog_with_magnitude_and_hidden_layer_starts_as_hedgehog():
     expected = size * torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)
     assert torch.allclose(extended(x(), POSITIONS), expected, atol=1e-5)
     assert extended(1e4 * x(), POSITIONS).isfinite().all()
+
+
+@pytest.mark.parametrize("length", [3, 1500, 2048])
+def test_gradients_of_weights_are_sums_over_all_rows(length):
+    """However many pieces of rows they are summed over, and beside a plain product."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(H, B * length, D, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(H, D, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    upstream = torch.randn(H, B * length, 5, dtype=torch.float64, generator=generator)
+    actual = torch.autograd.grad(feature_maps._product(rows, weight), (rows, weight), upstream)
+    expected = torch.autograd.grad(rows @ weight, (rows, weight), upstream)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
 def test_hedgehog_under_autocast():
