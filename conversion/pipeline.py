@@ -26,7 +26,7 @@ from hf_linattn.conversion.result_folder import VALIDATION, fill_folder, finishe
 from hf_linattn.conversion.run_state import RunState, open_run
 from hf_linattn.conversion.saving import check_disk_space, check_output, write_folder
 from hf_linattn.errors import UserError
-from hf_linattn.loading import load_model
+from hf_linattn.loading import load_model, load_weights
 
 logger = logging.getLogger(__name__)
 STAGES = (attention_transfer.STAGE, logit_distillation.STAGE)
@@ -170,7 +170,7 @@ def distil(
         return model
     teacher = None
     if settings.full:
-        teacher, _ = load_model(source[0], dtype=dtype, device=accelerator.device, gguf_file=source[1])
+        teacher = load_weights(source[0], dtype=dtype, device=accelerator.device, gguf_file=source[1])
         teacher.requires_grad_(False)
     student = make_trainable(model, settings, seed=config.seed)
     with packed_softmax(teacher, dtype) if settings.full else contextlib.nullcontext():
@@ -231,7 +231,7 @@ def _merged_from_checkpoint(accelerator, run, model, config, dtype, source) -> P
     """Parameters that FSDP holds in shards are merged in a fresh model, filled from the final checkpoint."""
     if not accelerator.is_main_process:
         return model
-    fresh, _ = load_model(source[0], dtype=dtype, gguf_file=source[1])
+    fresh = load_weights(source[0], dtype=dtype, gguf_file=source[1])
     student = make_trainable(linearize_or_explain(fresh, config), config.distillation)
     run.load(student)
     return merged(student, dtype)

@@ -37,6 +37,7 @@ def perplexity_by_position(
     *,
     max_length: int = 8192,
     max_documents: int | None = 16,
+    context: int | None = None,
     single_forward: int = 16384,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
@@ -51,6 +52,9 @@ def perplexity_by_position(
         documents (`Sequence[str]`): texts, the long ones among them are taken in order.
         max_length (`int`, defaults to 8192): tokens read of each document.
         max_documents (`int`, *optional*, defaults to 16): stop after this many; None takes all.
+        context (`int`, *optional*): predict every token from the last `context` tokens at most and half as many at
+            least, in overlapping pieces that each start at position 0. It tells how hard a text is at positions that
+            a model was not made for. None reads from the document's start.
         single_forward (`int`, defaults to 16384): longer documents are read in pieces through the cache.
         progress (`Callable[[int, int], None]`, *optional*): called with (documents done, documents in all).
 
@@ -60,16 +64,33 @@ def perplexity_by_position(
     Raises:
         UserError: `max_length` exceeds the model's positions, or no document is as long.
     """
-    check_length(model, max_length, "max_length")
+    if context is not None and context < 2:
+        raise UserError(f"context: expected at least 2 tokens, got {context}")
+    check_length(model, min(max_length, context or max_length), "max_length")
     model.eval()
     texts = long_texts(tokenizer, documents, max_length, max_documents)
     losses = torch.zeros(max_length - 1, dtype=torch.float64)
     for done, ids in enumerate(texts, start=1):
-        losses += token_losses(model, ids, single_forward=single_forward)
+        losses += _losses_in_context(model, ids, min(context or max_length, max_length), single_forward)
         if progress is not None:
             progress(done, len(texts))
     losses /= len(texts)
     return {f"{first}-{end}": math.exp(losses[first:end].mean()) for first, end in position_buckets(max_length)}
+
+
+def _losses_in_context(
+    model: PreTrainedModel, ids: torch.Tensor, context: int, single_forward: int
+) -> torch.Tensor:
+    """`[T - 1]` float64: loss of every token but the first, from pieces of `context` tokens, half a piece apart."""
+    losses = torch.empty(len(ids) - 1, dtype=torch.float64)
+    step = context // 2
+    for start in range(0, len(ids) - 1, step):
+        piece = token_losses(model, ids[start : start + context], single_forward=single_forward)
+        known = context - 1 - step if start else 0
+        losses[start + known : start + len(piece)] = piece[known:]
+        if start + context >= len(ids):
+            break
+    return losses
 
 
 def corpus_perplexity(

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from hf_linattn.cli_options import read_choices, read_numbers
 from hf_linattn.errors import UserError
 from hf_linattn.info import check_device, device_name, model_facts
-from hf_linattn.loading import load_model
+from hf_linattn.loading import load_weights
 from hf_linattn.sample_text import write_sample_text
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,9 @@ def score(
 
     with tempfile.TemporaryDirectory() as temporary:
         results = run_evaluation(
-            lambda: load_model(folder, dtype=facts.dtype)[0],
+            lambda: load_weights(folder, dtype=facts.dtype),
             AutoTokenizer.from_pretrained(folder),
-            teacher=None if teacher is None else lambda: load_model(teacher, dtype=facts.dtype)[0],
+            teacher=None if teacher is None else lambda: load_weights(teacher, dtype=facts.dtype),
             **{"variants": variants} | settings | {"text_length": text_length, "recall_lengths": lengths},
             text=text or write_sample_text(temporary, text_length),
             device=check_device(device),
@@ -167,7 +167,7 @@ def measure_generation(
         if unknown := sorted(set(chosen.get(name, ())) - set(known)):
             raise UserError(f"--only {name}: expected {' or '.join(known)}, got {unknown[0]!r}")
     facts, where = model_facts(model), check_device(device)
-    loaded, _ = load_model(model, dtype=facts.dtype, device=where)
+    loaded = load_weights(model, dtype=facts.dtype, device=where)
     results = {
         "model": Path(model).name,
         "device": device_name(where),

@@ -103,19 +103,20 @@ class HedgehogFeatureMap(FeatureMap):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         # One product reads x for all that is linear in it.
-        weights = [self.weight]
+        columns = {"weight": self.weight}
         if self.hidden_dim:
-            weights.append(self.hidden_weight)
+            columns["hidden"] = self.hidden_weight
         if self.magnitude:
-            weights.append(self.magnitude_weight)
-        weight = _per_head(torch.cat(weights, 1) if len(weights) > 1 else self.weight, self.head_dim)
-        products = _product(_heads_first(x.float()), weight)
-        y, *rest = products.split([w.shape[1] for w in weights], -1)
+            columns["magnitude"] = self.magnitude_weight
+        joined = torch.cat(tuple(columns.values()), 1) if len(columns) > 1 else self.weight
+        products = _product(_heads_first(x.float()), _per_head(joined, self.head_dim))
+        parts = dict(zip(columns, products.split([w.shape[1] for w in columns.values()], -1), strict=True))
+        y = parts["weight"]
         if self.hidden_dim:
-            y = y + _product(F.silu(rest.pop(0)), _per_head(self.output_weight, self.hidden_dim))
+            y = y + _product(F.silu(parts["hidden"]), _per_head(self.output_weight, self.hidden_dim))
         features = torch.cat([y, -y], -1).view(*y.shape[:2], 2, y.shape[2]).softmax(-1).flatten(-2)
         if self.magnitude:
-            size = rest.pop(0) + _in_float32(self.magnitude_bias).view(-1, 1, 1)
+            size = parts["magnitude"] + _in_float32(self.magnitude_bias).view(-1, 1, 1)
             features = features * size.clamp(-self.max_magnitude, self.max_magnitude).exp()
         return _heads_second(features, x)
 

@@ -30,22 +30,51 @@ def load_model(
     Raises:
         UserError: nothing there, ambiguous GGUF files, damaged weights, or a type Transformers cannot load.
     """
+    name, options = _locate(name_or_path, gguf_file, trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(name, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return _load(name, options, dtype, device), tokenizer
+
+
+def load_weights(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    gguf_file: str | None = None,
+) -> PreTrainedModel:
+    """The model of `load_model` alone: a tokenizer in a GGUF file takes longer to read than the weights."""
+    name, options = _locate(name_or_path, gguf_file, trust_remote_code=False)
+    return _load(name, options, dtype, device)
+
+
+def _locate(name_or_path: str, gguf_file: str | None, trust_remote_code: bool) -> tuple[str, dict]:
     name, gguf_file = locate_model(str(name_or_path), gguf_file)
     options = {"trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
+    return name, options
+
+
+def _load(name: str, options: dict, dtype, device) -> PreTrainedModel:
+    load = _load_gguf if "gguf_file" in options else _load_safetensors
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = _load_gguf(name, dtype, options) if gguf_file else _load_weights(name, dtype, options)
+        model = load(name, dtype, options)
     except SafetensorError as error:
         raise UserError(
             f"{name}: its safetensors weights are damaged or cut short ({error}); download or save the model again"
         ) from error
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: cannot be loaded as a causal language model: {_first_paragraph(error)}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return (model if device is None else model.to(device)).eval(), tokenizer
+        raise _cannot_load(name, error) from error
+    return (model if device is None else model.to(device)).eval()
+
+
+def _cannot_load(name: str, error: BaseException) -> UserError:
+    return UserError(f"{name}: cannot be loaded as a causal language model: {_first_paragraph(error)}")
 
 
 def locate_model(name: str, gguf_file: str | None) -> tuple[str, str | None]:
@@ -73,7 +102,7 @@ def locate_model(name: str, gguf_file: str | None) -> tuple[str, str | None]:
     return name, gguf_file
 
 
-def _load_weights(name: str, dtype, options: dict) -> PreTrainedModel:
+def _load_safetensors(name: str, dtype, options: dict) -> PreTrainedModel:
     # Never pickled weights: loading those runs code.
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **options)
 

@@ -97,6 +97,27 @@ def test_perplexity_by_position(converted):
     assert calls == [(1, 2), (2, 2)]
 
 
+@pytest.mark.parametrize("context", [300, 64, 33, 2])
+def test_perplexity_from_a_bounded_context(converted, context):
+    """Every token once, from `context` tokens at most, and from half of them at least."""
+    document = TEXT * 8
+    ids = torch.tensor(converted.tokenizer.encode(document)[:300])
+    losses, first, step = torch.full((299,), torch.nan, dtype=torch.float64), 0, context // 2
+    while losses.isnan().any():
+        piece = plain_losses(converted.model, ids[first : first + context]).double()
+        place = losses[first : first + context - 1]
+        place.copy_(torch.where(place.isnan(), piece, place))
+        first += step
+    result = perplexity_by_position(converted.model, converted.tokenizer, [document], max_length=300, context=context)
+    for (begin, end), value in zip(position_buckets(300), result.values(), strict=True):
+        assert value == pytest.approx(math.exp(losses[begin:end].mean()), rel=1e-4)
+
+
+def test_a_context_of_one_token_is_refused(converted):
+    with pytest.raises(UserError, match="context: expected at least 2 tokens, got 1"):
+        perplexity_by_position(converted.model, converted.tokenizer, [TEXT * 8], max_length=64, context=1)
+
+
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(converted):
     model = tiny_model("llama")
     torch.nn.init.zeros_(model.lm_head.weight)
