@@ -78,9 +78,7 @@ def perplexity_by_position(
     return {f"{first}-{end}": math.exp(losses[first:end].mean()) for first, end in position_buckets(max_length)}
 
 
-def _losses_in_context(
-    model: PreTrainedModel, ids: torch.Tensor, context: int, single_forward: int
-) -> torch.Tensor:
+def _losses_in_context(model: PreTrainedModel, ids: torch.Tensor, context: int, single_forward: int) -> torch.Tensor:
     """`[T - 1]` float64: loss of every token but the first, from pieces of `context` tokens, half a piece apart."""
     losses = torch.empty(len(ids) - 1, dtype=torch.float64)
     step = context // 2

@@ -47,9 +47,11 @@ class FeatureMap(nn.Module):
 
     @torch.no_grad()
     def _init_identity(self, weight: nn.Parameter) -> None:
+        init.copy_(weight, self._identity(weight.shape[-1]).to(weight))
+
+    def _identity(self, columns: int) -> Tensor:
         # The input carries sqrt(scale) ~ D**-0.25; the gain undoes it, so that the map starts from q and k themselves.
-        eye = torch.eye(self.head_dim, weight.shape[-1], dtype=weight.dtype, device=weight.device)
-        init.copy_(weight, eye.mul(self.head_dim**0.25).repeat(self.num_heads, 1))
+        return torch.eye(self.head_dim, columns).mul(self.head_dim**0.25).repeat(self.num_heads, 1)
 
 
 class HedgehogFeatureMap(FeatureMap):
@@ -78,45 +80,38 @@ class HedgehogFeatureMap(FeatureMap):
         seed: int = 0,
     ):
         super().__init__(num_heads, head_dim)
-        columns = _positive("feature_dim", feature_dim or head_dim)
-        self.feature_dim, self.magnitude, self.seed = 2 * columns, bool(magnitude), seed
+        self.columns = _positive("feature_dim", feature_dim or head_dim)
+        self.feature_dim, self.magnitude, self.seed = 2 * self.columns, bool(magnitude), seed
         self.hidden_dim = _positive("hidden_dim", hidden_dim) if hidden_dim else 0
-        self.weight = self._per_head_weight(columns)
+        # W, W1 and u side by side: one product reads x for all three.
+        self.weight = self._per_head_weight(self.columns + self.hidden_dim + self.magnitude)
         if self.magnitude:
-            self.magnitude_weight = self._per_head_weight(1)
             self.magnitude_bias = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
         if self.hidden_dim:
-            self.hidden_weight = self._per_head_weight(self.hidden_dim)
-            self.output_weight = nn.Parameter(torch.empty(num_heads * self.hidden_dim, columns, dtype=torch.float32))
+            rows = num_heads * self.hidden_dim
+            self.output_weight = nn.Parameter(torch.empty(rows, self.columns, dtype=torch.float32))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self._init_identity(self.weight)
+        weight = torch.zeros_like(self.weight)
+        weight[:, : self.columns] = self._identity(self.columns).to(weight)
         if self.magnitude:
-            init.zeros_(self.magnitude_weight)
             init.zeros_(self.magnitude_bias)
         if self.hidden_dim:
             generator = torch.Generator().manual_seed(self.seed)
             rows = torch.randn(self.num_heads * self.head_dim, self.hidden_dim, generator=generator)
-            init.copy_(self.hidden_weight, rows.mul(self.head_dim**-0.5).to(self.hidden_weight.device))
+            weight[:, self.columns : self.columns + self.hidden_dim] = rows.mul(self.head_dim**-0.5).to(weight)
             init.zeros_(self.output_weight)
+        init.copy_(self.weight, weight)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        # One product reads x for all that is linear in it.
-        columns = {"weight": self.weight}
+        products = _product(_heads_first(x.float()), _per_head(self.weight, self.head_dim))
+        y, hidden, size = products.split([self.columns, self.hidden_dim, int(self.magnitude)], -1)
         if self.hidden_dim:
-            columns["hidden"] = self.hidden_weight
-        if self.magnitude:
-            columns["magnitude"] = self.magnitude_weight
-        joined = torch.cat(tuple(columns.values()), 1) if len(columns) > 1 else self.weight
-        products = _product(_heads_first(x.float()), _per_head(joined, self.head_dim))
-        parts = dict(zip(columns, products.split([w.shape[1] for w in columns.values()], -1), strict=True))
-        y = parts["weight"]
-        if self.hidden_dim:
-            y = y + _product(F.silu(parts["hidden"]), _per_head(self.output_weight, self.hidden_dim))
+            y = y + _product(F.silu(hidden), _per_head(self.output_weight, self.hidden_dim))
         features = torch.cat([y, -y], -1).view(*y.shape[:2], 2, y.shape[2]).softmax(-1).flatten(-2)
         if self.magnitude:
-            size = parts["magnitude"] + _in_float32(self.magnitude_bias).view(-1, 1, 1)
+            size = size + _in_float32(self.magnitude_bias).view(-1, 1, 1)
             features = features * size.clamp(-self.max_magnitude, self.max_magnitude).exp()
         return _heads_second(features, x)
 

@@ -54,8 +54,8 @@ def test_hedgehog_with_magnitude_and_hidden_layer_starts_as_hedgehog():
     with torch.no_grad():
         for parameter in extended.parameters():
             parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
-    w, u = extended.weight.view(H, D, D), extended.magnitude_weight.view(H, D, 1)
-    w1, w2 = extended.hidden_weight.view(H, D, 5), extended.output_weight.view(H, 5, D)
+    w, w1, u = extended.weight.view(H, D, D + 5 + 1).split([D, 5, 1], -1)
+    w2 = extended.output_weight.view(H, 5, D)
     y = x() @ w + torch.nn.functional.silu(x() @ w1) @ w2
     size = (x() @ u + extended.magnitude_bias[:, None, None]).exp()
     expected = size * torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)
