@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from numerics import assert_close
+from numerics import assert_close, rms
 from op_backends import Target, skip_if_refused
 from op_quadratic import quadratic_linear_attention, quadratic_window_linear_attention
 from torch import Tensor
@@ -250,5 +250,16 @@ def check(case: OpCase, inputs: dict[str, Tensor], target: Target, factor: float
     actual, expected = run_op(case, inputs, target.backend), float64_truth(case, inputs)
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
-        assert_close(name, actual[name], x, case.dtype, factor, target.backend, has_window=case.window > 0)
+        # In cases drawn at random: rows without far keys add to dlog_scale what rounding o left of do . o, where the
+        # truth is 0.
+        drawn = name == "dlog_scale" and factor > 1
+        rounding = 4 * torch.finfo(case.dtype).eps * _output_terms(expected["o"]) if drawn else 0.0
+        options = {"has_window": case.window > 0, "rounding": rounding}
+        assert_close(name, actual[name], x, case.dtype, factor, target.backend, **options)
     return actual
+
+
+def _output_terms(o: Tensor) -> float:
+    """Root mean square of do . o over rows, times the root of their number: of a sum of that many independent ones."""
+    rows = (o * output_gradient(o)).sum(-1)
+    return rms(rows) * (rows.shape[0] * rows.shape[1]) ** 0.5
