@@ -5,6 +5,7 @@ BUILD ?= build
 RECIPE ?= quick
 PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
+TESTS ?= not gpu and not network and not slow
 # A folder of <task>/<split>.parquet; without one the demo scores perplexity and recall only, for which it needs no network.
 
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ OUT := $(BUILD)/demo/linear
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install kernels demo test test-gpu style quality wheel clean
+.PHONY: help install kernels demo test test-slow test-gpu style quality wheel clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,8 +49,11 @@ demo: $(INSTALLED) $(MODEL)/.complete  ## convert SmolLM2-135M here, print its s
 	OMP_WAIT_POLICY=passive $(BIN)/hf-linattn convert $(MODEL) -o $(OUT) --recipe $(RECIPE) --overwrite
 	$(BIN)/hf-linattn generate $(OUT) "$(PROMPT)" --max-new-tokens 40
 
-test: $(INSTALLED)  ## the whole suite on the CPU, without network
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not network" $(PYTEST_ARGS)
+test: $(INSTALLED)  ## the suite on the CPU, without network and without tests marked slow
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "$(TESTS)" $(PYTEST_ARGS)
+
+test-slow:  ## the rest of it
+	$(MAKE) test TESTS="slow and not gpu and not network"
 
 test-gpu: kernels  ## the tests that need a CUDA device
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -93,6 +93,7 @@ def test_wheel_leaves_results_and_sources_of_kernels_out(wheel):
     assert not [name for name in wheel.namelist() if "/results/" in name or "/csrc/" in name or name.endswith(".pyc")]
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_library_where_there_is_a_compiler(wheel, source, tmp_path):
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)

@@ -63,6 +63,7 @@ def kill_at(count, stage, run_folder, process):
     pytest.fail(f"{stage} never logged {count} steps: {process.communicate()[1]}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "step"),
     [("attention_transfer", None), ("logit_distillation", 3), ("logit_distillation", None)],

@@ -57,6 +57,7 @@ def test_long_contexts_are_read_in_pieces(model, monkeypatch):
     assert max(seen) == 32
 
 
+@pytest.mark.slow
 def test_timed_calls_compile_nothing(model, monkeypatch):
     """Of the static cache's calls the first one compiles; the others find its graph whatever they generate."""
     frames = []

@@ -19,6 +19,7 @@ cli_evaluate()
 """
 
 
+@pytest.mark.slow
 def test_same_figures_from_remote_code(converted, task_data, tmp_path):
     out, folder, scores = tmp_path / "out", tmp_path / "yaml", tmp_path / "scores"
     folder.mkdir()
