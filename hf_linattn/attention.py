@@ -149,8 +149,8 @@ class LinearAttention(nn.Module):
             positions = (torch.arange(query.shape[2], device=query.device) + past).unsqueeze(0)
         root = scaling**0.5
         feature_query, feature_key = feature_inputs
-        phi_q = self.feature_map_q(feature_query * root, positions).to(query.dtype)
-        phi_k = self.feature_map_k(feature_key * root, positions).to(key.dtype)
+        phi_q = _in_dtype(self.feature_map_q(feature_query * root, positions), query.dtype)
+        phi_k = _in_dtype(self.feature_map_k(feature_key * root, positions), key.dtype)
         q, k, v, phi_q, phi_k = (
             x[:, :, 0] if is_step else x.transpose(1, 2) for x in (query, key, value, phi_q, phi_k)
         )
@@ -254,6 +254,13 @@ class LinearAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, window={self.window}"
+
+
+def _in_dtype(features: Tensor, dtype: torch.dtype) -> Tensor:
+    # The exponentials in some maps reach beyond float16; its largest number is still a weight, infinity is none.
+    if dtype == torch.float16:
+        features = features.clamp_max(torch.finfo(dtype).max)
+    return features.to(dtype)
 
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

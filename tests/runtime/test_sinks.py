@@ -63,6 +63,15 @@ def test_weights_are_those_of_the_definition(sinks, far_length):
     torch.testing.assert_close(o, expected(attention, query, key, value, positions, sinks, far), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_sink_beyond_the_range_of_float16_stays_a_weight():
+    attention = build(sinks=2)
+    attention.feature_map_q.sink_bias.fill_(15.0)
+    query, key, value = (x.half() for x in inputs())
+    o = attention(query, key, value, scaling=SCALE)
+    assert o.isfinite().all()
+
+
 def test_sinks_and_their_keys_get_gradients():
     attention = build(sinks=2)
     attention(*inputs(), scaling=SCALE).square().sum().backward()
