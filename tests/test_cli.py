@@ -260,6 +260,7 @@ def test_module_runs_and_reports_errors_without_traceback(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_only_the_first_process_of_a_launch_prints(converted, text, tmp_path):
     budget = ["--set", "tokens=128", "--set", "sequence_length=32", "--set", "batch_size=1", "--set", "dtype=float32"]
     launch = [
@@ -276,6 +277,7 @@ def test_only_the_first_process_of_a_launch_prints(converted, text, tmp_path):
     assert result.stderr.count(f"{tmp_path / 'tuned'} is complete") == 1
 
 
+@pytest.mark.slow
 def test_accelerate_launch(converted, text, tmp_path):
     budget = ["--set", "tokens=64", "--set", "sequence_length=32", "--set", "batch_size=1", "--set", "dtype=float32"]
     launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=1", "-m", "hf_linattn"]

@@ -27,6 +27,7 @@ def losses(folder):
     return [r["loss"] for r in records if "loss" in r]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(model_folder, text_file, tmp_path, tiny_recipe):
     options = ("transfer.tokens=1536", "distillation.tokens=1536", "distillation.gradient_checkpointing=true")
     halved = tiny_recipe(*options, "transfer.batch_size=2", "distillation.batch_size=2")

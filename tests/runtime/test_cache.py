@@ -215,7 +215,7 @@ def test_multi_turn_reuse_of_the_returned_cache(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunk", [None, 6])
+@pytest.mark.parametrize("chunk", [None, pytest.param(6, marks=pytest.mark.slow)])
 def test_generate_compiles_a_static_cache_once(model, chunk):
     """As it does softmax: one graph for every step of every call, and no new one for the next call's cache."""
     torch._dynamo.reset()
