@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_linattn.attention import feature_inputs
 from hf_linattn.conversion.far_keys import SMALLEST_WEIGHT, FarKeys
+from hf_linattn.sinks import which_sink
 
 # Queries per block: the N x N weights exist for one block of rows at a time.
 QUERY_BLOCK = 128
@@ -94,6 +95,6 @@ def sum_sink_keys(keys: FarKeys) -> tuple[Tensor, Tensor]:
     Returns:
         `[sinks, H_kv, D]` float32 and `[sinks]`.
     """
-    is_sink = (keys.positions[..., None] == torch.arange(keys.sinks, device=keys.index.device)).float()
+    is_sink = which_sink(keys.positions, keys.sinks).float()
     total = torch.einsum("bts,bhtd->shd", is_sink, keys.feature_key.float() * keys.scale**0.5)
     return total, is_sink.sum((0, 1))

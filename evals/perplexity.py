@@ -66,12 +66,13 @@ def perplexity_by_position(
     """
     if context is not None and context < 2:
         raise UserError(f"context: expected at least 2 tokens, got {context}")
-    check_length(model, min(max_length, context or max_length), "max_length")
+    context = min(max_length, context or max_length)
+    check_length(model, context, "max_length")
     model.eval()
     texts = long_texts(tokenizer, documents, max_length, max_documents)
     losses = torch.zeros(max_length - 1, dtype=torch.float64)
     for done, ids in enumerate(texts, start=1):
-        losses += _losses_in_context(model, ids, min(context or max_length, max_length), single_forward)
+        losses += _losses_in_context(model, ids, context, single_forward)
         if progress is not None:
             progress(done, len(texts))
     losses /= len(texts)

@@ -65,11 +65,6 @@ class LinearAttention(nn.Module):
         options = {"max_positions": max_positions, "options": config.feature_map_kwargs}
         self.feature_map_q = build_feature_map(config.feature_map, num_heads, head_dim, **options)
         self.feature_map_k = build_feature_map(config.feature_map, num_kv_heads, head_dim, **options)
-        self.sinks = config.sinks
-        if config.sinks or config.far_length is not None:
-            self.feature_map_q = SinkQueries(self.feature_map_q, config.sinks, config.far_length)
-        if config.sinks:
-            self.feature_map_k = SinkKeys(self.feature_map_k, config.sinks)
         self.a = self.feature_map_q.default_a if config.a is None else float(config.a)
         self.b = self.feature_map_q.default_b if config.b is None else float(config.b)
         if self.a and config.far_length is not None:
@@ -77,6 +72,11 @@ class LinearAttention(nn.Module):
                 f"far_length: expected None with a constant term, whose weight does not shrink, got "
                 f"{config.far_length} with a={self.a}; set a to 0"
             )
+        self.sinks = config.sinks
+        if config.sinks or config.far_length is not None:
+            self.feature_map_q = SinkQueries(self.feature_map_q, config.sinks, config.far_length)
+        if config.sinks:
+            self.feature_map_k = SinkKeys(self.feature_map_k, config.sinks)
         if self.window:
             # Natural log of the weight of the linear part beside exp(scale q.k), per query head.
             self.log_scale = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))

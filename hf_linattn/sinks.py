@@ -14,7 +14,6 @@ training.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_linattn.feature_maps import FeatureMap
@@ -35,7 +34,6 @@ class SinkQueries(FeatureMap):
     def __init__(self, base: FeatureMap, sinks: int, far_length: int | None):
         super().__init__(base.num_heads, base.head_dim)
         self.base, self.sinks, self.far_length = base, sinks, far_length
-        self.default_a, self.default_b = base.default_a, base.default_b
         self.feature_dim = base.feature_dim + sinks
         if sinks:
             self.sink_weight = self._per_head_weight(sinks)
@@ -75,7 +73,6 @@ class SinkKeys(FeatureMap):
     def __init__(self, base: FeatureMap, sinks: int):
         super().__init__(base.num_heads, base.head_dim)
         self.base, self.sinks = base, sinks
-        self.default_a, self.default_b = base.default_a, base.default_b
         self.feature_dim = base.feature_dim + sinks
 
     def reset_parameters(self) -> None:
@@ -83,7 +80,11 @@ class SinkKeys(FeatureMap):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         features = self.base(x, positions)
-        is_sink = positions < self.sinks
-        which = F.one_hot(positions.clamp(0, self.sinks), self.sinks + 1)[..., :-1].to(features.dtype)
-        which = which[:, None].expand(*features.shape[:-1], self.sinks)
-        return torch.cat([features.masked_fill(is_sink[:, None, :, None], 0), which], -1)
+        which = which_sink(positions, self.sinks)[:, None]
+        features = features.masked_fill(which.any(-1, keepdim=True), 0)
+        return torch.cat([features, which.to(features.dtype).expand(*features.shape[:-1], self.sinks)], -1)
+
+
+def which_sink(positions: Tensor, sinks: int) -> Tensor:
+    """`[..., T]` -> bool `[..., T, sinks]`: is the token at this position that sink?"""
+    return positions.unsqueeze(-1) == torch.arange(sinks, device=positions.device)
