@@ -12,18 +12,21 @@ an answer whose two best choices tie. A model whose rotary embedding depends on 
 Rolling tasks (wikitext) fill windows of the model's whole length, so their batch is capped by `ROLLING_TOKENS`.
 """
 
+import array
 import contextlib
 import copy
+import functools
 import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import lm_eval
+import lm_eval.utils
 import numpy as np
 import torch
 from lm_eval.api.task import Task
@@ -49,6 +52,11 @@ NO_POOL = "DISABLE_MULTIPROC"
 """lm-eval's environment variable against a pool of processes for the resampling."""
 FEWSHOT_SEED = 1234
 """lm-eval's own seed for the choice of few-shot examples."""
+MAX_ENCODINGS = 200_000
+"""Strings whose tokens are remembered: those of hellaswag are 50,000, in 50 MB."""
+
+Encodings = MutableMapping[tuple, array.array]
+"""(string, options of `encode`) -> tokens."""
 
 
 class TaskScores(NamedTuple):
@@ -71,6 +79,7 @@ def run_tasks(
     batch_size: int = 8,
     num_fewshot: int | None = None,
     limit: int | None = None,
+    encodings: Encodings | None = None,
 ) -> TaskScores:
     """Scores a model on stock lm-eval tasks.
 
@@ -83,6 +92,8 @@ def run_tasks(
         batch_size (`int`, defaults to 8): rows per forward pass.
         num_fewshot (`int`, *optional*): examples before each question; None keeps each task's own default.
         limit (`int`, *optional*): documents per task, for trying things out; such figures are not comparable.
+        encodings (`dict`, *optional*): filled with the tokens of every string. Given again with the same tokenizer, for
+            another model, it saves the time of a small model's whole evaluation.
 
     Returns:
         `TaskScores`.
@@ -110,7 +121,9 @@ def run_tasks(
             ) from error
         rolling = any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in loaded["tasks"].values())
         # HFLM gives a tokenizer without pad token one.
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        own_tokenizer = copy.deepcopy(tokenizer)
+        _remember_encodings(own_tokenizer, {} if encodings is None else encodings)
+        lm = HFLM(pretrained=model, tokenizer=own_tokenizer, batch_size=batch_size)
         if rolling:
             lm.batch_size_per_gpu = max(1, min(batch_size, ROLLING_TOKENS // lm.max_length))
         for task in loaded["tasks"].values():
@@ -120,6 +133,22 @@ def run_tasks(
             lm, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=False
         )
     return TaskScores(_plain_metrics(output, tasks), splits)
+
+
+def _remember_encodings(tokenizer: PreTrainedTokenizerBase, encodings: Encodings) -> None:
+    """HFLM encodes a question anew for each of its answers, one string a call."""
+    encode = tokenizer.encode
+
+    def remembering_encode(text: str, **options) -> list[int]:
+        key = (text, *sorted(options.items()))
+        tokens = encodings.get(key)
+        if tokens is None:
+            tokens = array.array("i", encode(text, **options))
+            if len(encodings) < MAX_ENCODINGS:
+                encodings[key] = tokens
+        return tokens.tolist()
+
+    tokenizer.encode = remembering_encode
 
 
 def _set_fewshot(task: Task, num_fewshot: int | None) -> None:
@@ -142,7 +171,8 @@ def _plain_metrics(output: dict, tasks: Sequence[str]) -> dict[str, dict[str, fl
 
 @contextlib.contextmanager
 def _own_surroundings(device: torch.device) -> Iterator[None]:
-    """lm-eval's seeds, its log at errors only, no progress bar for reading files; all as before afterwards."""
+    """lm-eval's seeds, its log at errors only, no progress bar for reading files, templates compiled once; all as before
+    afterwards."""
     logger = logging.getLogger("lm_eval")
     level, python_state, numpy_state = logger.level, random.getstate(), np.random.get_state()
     bars_were_on = not datasets.are_progress_bars_disabled()
@@ -151,6 +181,9 @@ def _own_surroundings(device: torch.device) -> Iterator[None]:
     datasets.disable_progress_bars()
     # lm-eval would fork a process that holds a CUDA context and threads, for work of one second.
     os.environ[NO_POOL] = "1"
+    # lm-eval compiles a task's templates anew for every document, which takes longer than a small model's answers.
+    templates = lm_eval.utils.env
+    templates.from_string = functools.lru_cache(maxsize=1024)(templates.from_string)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             random.seed(0)
@@ -158,6 +191,7 @@ def _own_surroundings(device: torch.device) -> Iterator[None]:
             torch.manual_seed(FEWSHOT_SEED)
             yield
     finally:
+        del templates.from_string  # the class's method is in sight again
         logger.setLevel(level)
         if bars_were_on:
             datasets.enable_progress_bars()

@@ -10,7 +10,7 @@ import datetime
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_linattn.errors import UserError
 from hf_linattn.evals.controls import VARIANTS, LazyModel, ModelLoader, as_variant, check_variants
-from hf_linattn.evals.lm_eval_tasks import run_tasks
+from hf_linattn.evals.lm_eval_tasks import Encodings, run_tasks
 from hf_linattn.evals.perplexity import long_texts, perplexity_by_position
 from hf_linattn.evals.recall import mqar, passkey
 from hf_linattn.evals.results_file import check_same_settings, checkout_commit, read_results, write_results
@@ -160,6 +160,7 @@ class _Request:
     seed: int
     batch_size: int
     tokenizer: PreTrainedTokenizerBase
+    encodings: Encodings = field(default_factory=dict)
 
     def settings(self) -> dict:
         """All that changes a figure, as JSON gives it back; compared when a file is reused."""
@@ -234,6 +235,7 @@ class _Request:
                 batch_size=self.batch_size,
                 num_fewshot=self.num_fewshot,
                 limit=self.limit,
+                encodings=self.encodings,
             )
             results[part.variant].update(scores.metrics)
 

@@ -4,6 +4,7 @@ import random
 
 import datasets
 import lm_eval
+import lm_eval.utils
 import numpy as np
 import pytest
 import torch
@@ -42,6 +43,24 @@ def test_batch_size_changes_no_figure(converted, task_data, scores, batch_size):
     for task, metrics in scores.items():
         for metric, value in metrics.items():
             assert batched.metrics[task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
+
+
+def test_encodings_of_one_model_serve_the_next(converted, task_data, scores, monkeypatch):
+    encodings = {}
+    first = run_tasks(converted.model, converted.tokenizer, TASKS, task_data=task_data, encodings=encodings)
+    filled = dict(encodings)
+    assert len(filled) > 50
+    monkeypatch.setattr(type(converted.tokenizer), "encode", lambda *_, **__: pytest.fail("encoded again"))
+    again = run_tasks(converted.model, converted.tokenizer, TASKS[:4], task_data=task_data, encodings=encodings)
+    assert encodings == filled
+    assert again.metrics == {task: first.metrics[task] for task in TASKS[:4]}
+    for task, metrics in scores.items():
+        assert first.metrics[task] == pytest.approx(metrics, rel=1e-5), task
+
+
+def test_templates_of_lm_eval_are_its_own_afterwards(converted, task_data):
+    run_tasks(converted.model, converted.tokenizer, ["piqa"], task_data=task_data)
+    assert "from_string" not in vars(lm_eval.utils.env)
 
 
 def test_the_stock_command_gives_the_same_figures(converted, task_data, scores, tmp_path):
