@@ -92,8 +92,8 @@ def run_tasks(
         batch_size (`int`, defaults to 8): rows per forward pass.
         num_fewshot (`int`, *optional*): examples before each question; None keeps each task's own default.
         limit (`int`, *optional*): documents per task, for trying things out; such figures are not comparable.
-        encodings (`dict`, *optional*): filled with the tokens of every string. Given again with the same tokenizer, for
-            another model, it saves the time of a small model's whole evaluation.
+        encodings (`dict`, *optional*): filled with the tokens of every string; given again, for another model with the
+            same tokenizer, it saves as much time as a small model's answers take.
 
     Returns:
         `TaskScores`.
@@ -171,7 +171,7 @@ def _plain_metrics(output: dict, tasks: Sequence[str]) -> dict[str, dict[str, fl
 
 @contextlib.contextmanager
 def _own_surroundings(device: torch.device) -> Iterator[None]:
-    """lm-eval's seeds, its log at errors only, no progress bar for reading files, templates compiled once; all as before
+    """lm-eval's seeds, its log at errors only, no bar for reading files, templates compiled once; all as before
     afterwards."""
     logger = logging.getLogger("lm_eval")
     level, python_state, numpy_state = logger.level, random.getstate(), np.random.get_state()
