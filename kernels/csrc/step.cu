@@ -8,6 +8,7 @@
 namespace hf_linattn {
 namespace {
 
+constexpr int kMinColumns = 32;  // of a split head: whole 128-byte lines
 constexpr float kDenominatorEps = 1e-6f;
 constexpr float kNormEps = 1e-12f;  // of the l2 map: torch.nn.functional.normalize's
 
@@ -132,12 +133,14 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads == 1 ? 2 : 1)
       float v[kVector], sums[kHeads][kVector] = {};
       load_vector(v, values + column);
       state.multiply(sums, features, is_first_pass, decay, keys, v);
-      store_partial(partial, sums, lanes, columns);
+      store_partial(partial, sums, lanes, columns, row_lane, column);
       __syncthreads();
 
       for (int i = thread; i < heads * columns; i += threads) {
         const int h = i / columns, c = i % columns;
-        float o = p.b * sum_partial<kHeads>(partial, lanes, columns, h, c);
+        float sum[1];
+        sum_partial<kHeads>(sum, partial, lanes, columns, h, c);
+        float o = p.b * sum[0];
         if (p.state.value_sum != nullptr) o += p.a * value_sum[c];
         if (p.normalize) o /= denominators[h];
         const int64_t row = static_cast<int64_t>(batch) * p.num_heads + head + h;
@@ -155,6 +158,27 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads == 1 ? 2 : 1)
   }
 }
 
+struct StepShape {
+  int slices, slice_columns, threads;
+};
+
+// Blocks of a split head take columns that are whole lines.
+StepShape choose_shape(const hf_linattn_step_problem& p, int64_t heads, int vector, bool may_split) {
+  const int slices = may_split ? choose_slices(heads, p.value_dim / kMinColumns) : 1;
+  const int slice_vectors = divide_up(divide_up(p.value_dim, slices), vector);
+  return {slices, slice_vectors * vector, choose_threads(heads * slices, p.feature_dim, slice_vectors)};
+}
+
+// The most shared memory that any block needs: that of a whole slice or of the last one, which has fewer columns and
+// may need more, where its warps do not fold.
+template <int kHeads>
+size_t largest_smem(const hf_linattn_step_problem& p, const StepShape& shape, int vector) {
+  const auto of = [&](int columns) {
+    return StepSmem<kHeads>::bytes(divide_threads(shape.threads, columns / vector, p.feature_dim), columns);
+  };
+  return max(of(shape.slice_columns), of(p.value_dim - (shape.slices - 1) * shape.slice_columns));
+}
+
 struct StepLaunch {
   void (*kernel)(hf_linattn_step_problem, int, int);
   size_t smem_bytes;
@@ -164,8 +188,7 @@ template <int kVector, bool kClusters>
 StepLaunch choose_kernel(const hf_linattn_step_problem& p, const StepShape& shape) {
   return with_heads(p.num_heads / p.num_kv_heads, [&](auto heads) -> StepLaunch {
     constexpr int kHeads = decltype(heads)::value;
-    return {linear_attention_step_kernel<kHeads, kVector, kClusters>,
-            largest_smem(shape, p.value_dim, kVector, p.feature_dim, StepSmem<kHeads>::bytes)};
+    return {linear_attention_step_kernel<kHeads, kVector, kClusters>, largest_smem<kHeads>(p, shape, kVector)};
   });
 }
 
@@ -200,7 +223,7 @@ extern "C" int hf_linattn_step(const hf_linattn_step_problem* problem, void* str
   const bool is_wide = p.value_dim % kWide == 0 && reinterpret_cast<uintptr_t>(p.state.kv) % 16 == 0;
   const bool shares_key_sum = p.normalize != 0;
   const bool may_split = !shares_key_sum || has_clusters(linear_attention_step_kernel<1, kWide, true>);
-  const StepShape shape = choose_shape(heads, p.feature_dim, p.value_dim, is_wide ? kWide : 1, may_split);
+  const StepShape shape = choose_shape(p, heads, is_wide ? kWide : 1, may_split);
   const bool clusters = shares_key_sum && shape.slices > 1;
   const StepLaunch chosen = is_wide ? clusters ? choose_kernel<kWide, true>(p, shape)
                                                : choose_kernel<kWide, false>(p, shape)

@@ -2,13 +2,13 @@
 // clusters, and how rows times weights are summed.
 //
 // Both are bound by bytes: a thread holds a few 16-byte pieces of rows, uses them while they are in registers and goes
-// on to the next. A block takes one kv head (or some of its value columns) and all query heads that read it, so that
-// bytes move once whatever the group is. With groups of more than kMaxHeads, a block reads its part again, out of the
-// L2 cache.
+// on to the next. A block takes one kv head (or a part of it) and all query heads that read it, so that bytes move once
+// whatever the group is. With groups of more than kMaxHeads, a block reads its part again, out of the L2 cache.
 //
-// Few sequences do not fill the GPU, so the columns of a head are split over blocks then. What all of them read and
-// only one may write (key_sum, for one) makes them a cluster: they arrive at its barrier once they have read, and the
-// first block writes when all have. Without clusters (before sm_90) such heads are not split.
+// Few sequences do not fill the GPU, so a head is split over blocks then: its value columns by the linear step, its
+// rows by that with a window. What all of them read and only one may write makes them a cluster: they arrive at its
+// barrier once they have read, and the first block writes when all have. Without clusters (before sm_90) such heads are
+// not split.
 #ifndef HF_LINATTN_STEP_CUH_
 #define HF_LINATTN_STEP_CUH_
 
@@ -23,10 +23,17 @@ namespace hf_linattn {
 
 constexpr int kMaxDim = 256, kMaxHeads = 8, kMaxThreads = 512, kFullThreads = 256, kWarp = 32;
 constexpr int kRowsInFlight = 4;  // loads of one thread before the first use
-constexpr int kMinColumns = 32;   // of a split head: whole 128-byte lines
 constexpr int kMaxCluster = 8;    // the largest size that needs no opt-in
 constexpr int kWide = 4;          // floats of a 16-byte access
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// x, which the compiler takes for a new number: what is computed from it is computed where it is used, and occupies no
+// register before.
+__device__ __forceinline__ int hidden(int x) {
+  uint32_t value[1] = {static_cast<uint32_t>(x)};
+  ptx::keep(value);
+  return static_cast<int>(value[0]);
+}
 
 __device__ __forceinline__ float sum_over_warp(float x) {
 #pragma unroll
@@ -105,7 +112,7 @@ struct StateRows {
   __device__ __forceinline__ void multiply(float (&sums)[kHeads][kVector], const float* features, bool is_first_pass,
                                            float decay, const float* keys, const float (&v)[kVector]) {
 #pragma unroll 1
-    for (int from = first_row; from < feature_dim; from += kRowsInFlight * row_lanes) {
+    for (int from = hidden(first_row); from < feature_dim; from += kRowsInFlight * row_lanes) {
       if (!is_first_pass || from != first_row) load(from);
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
@@ -129,11 +136,11 @@ struct StateRows {
 };
 
 // Adds up what the lanes of a warp hold of the same columns and leaves it in partial [partial rows][kHeads][columns].
+// row_lane, column: of the thread's sums.
 template <int kHeads, int kVector>
 __device__ __forceinline__ void store_partial(float* partial, float (&sums)[kHeads][kVector], const Lanes& lanes,
-                                              int columns) {
+                                              int columns, int row_lane, int column) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
-  const int row_lane = thread / lanes.vectors, column = thread % lanes.vectors * kVector;
   if (lanes.folds)
     for (int distance = lanes.vectors; distance < kWarp; distance *= 2)
 #pragma unroll
@@ -146,36 +153,40 @@ __device__ __forceinline__ void store_partial(float* partial, float (&sums)[kHea
     for (int h = 0; h < kHeads; ++h) store_vector(partial + (partial_row * kHeads + h) * columns + column, sums[h]);
 }
 
-template <int kHeads>
-__device__ __forceinline__ float sum_partial(const float* partial, const Lanes& lanes, int columns, int h, int c) {
-  float sum = 0;
-  for (int l = 0; l < lanes.partial_rows; ++l) sum += partial[(l * kHeads + h) * columns + c];
-  return sum;
+// sums of these columns over the partial rows.
+template <int kHeads, int kVector>
+__device__ __forceinline__ void sum_partial(float (&sums)[kVector], const float* partial, const Lanes& lanes,
+                                            int columns, int h, int column) {
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) sums[j] = 0;
+#pragma unroll 4
+  for (int l = 0; l < lanes.partial_rows; ++l) {
+    float x[kVector];
+    load_vector(x, partial + (l * kHeads + h) * columns + column);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) sums[j] += x[j];
+  }
 }
 
-struct StepShape {
-  int slices, slice_columns, threads;
-};
+__host__ __device__ inline int divide_up(int x, int unit) { return (x + unit - 1) / unit; }
 
-// Blocks of one of `heads` kv heads: as few as fill the GPU, of columns that are whole lines. rows: of the longest
-// matrix of value_dim columns that a block goes through.
-inline StepShape choose_shape(int64_t heads, int rows, int value_dim, int vector, bool may_split) {
+// Blocks of one of `heads` kv heads: as many as the GPU runs at once, one a multiprocessor, `most` at most; a power of
+// two.
+inline int choose_slices(int64_t heads, int most) {
   const int64_t processors = multiprocessor_count();
-  StepShape shape = {1, 0, 0};
-  if (may_split)
-    while (heads * shape.slices < processors && shape.slices < kMaxCluster &&
-           value_dim >= 2 * shape.slices * kMinColumns)
-      shape.slices *= 2;
-  const auto round_up = [](int x, int unit) { return (x + unit - 1) / unit * unit; };
-  shape.slice_columns = round_up((value_dim + shape.slices - 1) / shape.slices, vector);
+  int slices = 1;
+  while (2 * slices * heads <= processors && 2 * slices <= min(most, kMaxCluster)) slices *= 2;
+  return slices;
+}
+
+// Threads of one of `blocks` blocks that goes through this many rows of `vectors` accesses.
+inline int choose_threads(int64_t blocks, int rows, int vectors) {
+  const auto whole_warps = [](int threads) { return divide_up(threads, kWarp) * kWarp; };
   // A thread has kRowsInFlight accesses, fewer where blocks are too few to hide one another's latency.
-  const int accesses = rows * (shape.slice_columns / vector);
-  const bool is_full = heads * shape.slices >= 2 * processors;
-  const int wanted = round_up(accesses / (is_full ? kRowsInFlight : kRowsInFlight / 2), kWarp);
-  const int least = round_up(shape.slice_columns / vector, kWarp);  // every column has a thread
-  const int most = is_full ? kFullThreads : kMaxThreads;
-  shape.threads = max(least, min(max(wanted, 2 * kWarp), most));
-  return shape;
+  const bool is_full = blocks >= 2 * int64_t{multiprocessor_count()};
+  const int wanted = whole_warps(rows * vectors / (is_full ? kRowsInFlight : kRowsInFlight / 2));
+  const int least = whole_warps(vectors);  // every column has a thread
+  return max(least, min(max(wanted, 2 * kWarp), is_full ? kFullThreads : kMaxThreads));
 }
 
 // Calls choose(std::integral_constant) with the query heads of one pass over the state: 1, 2, 4 or kMaxHeads.
@@ -185,15 +196,6 @@ auto with_heads(int group, Choose choose) {
   if (group == 2) return choose(std::integral_constant<int, 2>());
   if (group <= 4) return choose(std::integral_constant<int, 4>());
   return choose(std::integral_constant<int, kMaxHeads>());
-}
-
-// The most shared memory that any block needs: bytes(lanes, columns) of a whole slice or of the last one, which has
-// fewer columns and may need more, where its warps do not fold.
-template <class Bytes>
-size_t largest_smem(const StepShape& shape, int value_dim, int vector, int rows, Bytes bytes) {
-  const auto of = [&](int columns) { return bytes(divide_threads(shape.threads, columns / vector, rows), columns); };
-  const size_t whole = of(shape.slice_columns), last = of(value_dim - (shape.slices - 1) * shape.slice_columns);
-  return whole > last ? whole : last;
 }
 
 // Whether this device has clusters and this library was built to use them; kernel: any that does.

@@ -72,6 +72,7 @@ def random_case(seed: int) -> Case:
 
 
 WIDE = Case(D=128, K=128, V=128, w=64, steps=2)
+SPLIT = Case(B=1, H=3, D=16, K=128, V=16, w=128, processors=132)
 CASES = [
     *(Case(w=w, steps=w + 3, dtype=dtype, a=0.5) for w in (1, 3, 16) for dtype in DTYPES),
     Case(w=64, steps=70, B=1, H=1, D=8, K=8, V=8, capability=80, seed=1),
@@ -81,6 +82,11 @@ CASES = [
     replace(WIDE, D=256, K=256, V=256, processors=132, a=1.0),
     replace(WIDE, D=255, K=251, V=253, w=65, processors=132, seed=1, a=1.0),
     replace(WIDE, D=1, K=1, V=1, dtype=torch.bfloat16),
+    # Heads split over blocks of a cluster: uneven shares of rows and slots, blocks without any, passes over the heads.
+    *(replace(SPLIT, K=K, w=w, V=V) for K, w, V in ((40, 137, 16), (1, 131, 31), (130, 5, 16), (250, 1, 3))),
+    *(replace(SPLIT, H=H, w=45, V=256, dtype=dtype, a=0.7) for H, dtype in ((11, torch.bfloat16), (2, torch.float32))),
+    replace(SPLIT, H=9, H_kv=3, D=64, K=128, V=64, w=128, dtype=torch.bfloat16, seed=1),
+    replace(SPLIT, D=64, K=64, V=64, w=1024, dtype=torch.bfloat16, softcap=3.0),
     # All heads' weights do not fit: fewer heads a pass.
     Case(B=1, H=8, D=8, K=8, V=8, w=3000, capability=86, steps=2),
     *map(random_case, range(32)),
@@ -146,8 +152,19 @@ def options_of(case: Case) -> dict:
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_steps(case, monkeypatch):
+    check_steps(case, monkeypatch)
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("case", [SPLIT, replace(SPLIT, processors=1), replace(SPLIT, K=1, a=0.7)], ids=str)
+def test_steps_from_a_ring_without_a_valid_slot(case, monkeypatch):
+    check_steps(case, monkeypatch, share_valid=0.0)
+
+
+def check_steps(case: Case, monkeypatch, share_valid: float = 0.7) -> None:
+    """The steps against the recurrence, the last one twice."""
     torch.manual_seed(0)
-    state, options = first_state(case), options_of(case)
+    state, options = first_state(case, share_valid), options_of(case)
     expected_state = WindowLinearAttentionState(**double(state._asdict()))
     for t in range(case.steps):
         inputs = token(case)
@@ -169,9 +186,11 @@ def test_steps(case, monkeypatch):
                 assert same(x, y.to(x.dtype)), f"{name} after step {t}"
 
 
-def test_far_keys_of_no_weight_leave_softmax_over_the_window():
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("case", [Case(B=1, w=4, D=8), replace(SPLIT, H=1, D=8, w=9)], ids=str)
+def test_far_keys_of_no_weight_leave_softmax_over_the_window(case):
     """Logits far below the smallest float32 number: the empty far part must not swallow the window."""
-    case = Case(B=1, w=4, D=8, decay=False, log_scale=False)
+    case = replace(case, decay=False, log_scale=False)
     torch.manual_seed(0)
     state, inputs = first_state(case, share_valid=1.0), token(case)
     inputs["phi_q"] = torch.zeros_like(inputs["phi_q"])
@@ -183,8 +202,25 @@ def test_far_keys_of_no_weight_leave_softmax_over_the_window():
     assert_close("o", o, weights @ values[:, :, 0], torch.float32, factor=2)
 
 
-def test_an_empty_state_gives_the_token_itself():
-    case = Case(B=3, w=5)
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("case", [Case(B=3, w=5), replace(SPLIT, H=1)], ids=str)
+def test_features_of_both_signs(case):
+    """The far sum of a block may be negative or 0 where that of all is positive."""
+    case = replace(case, H=case.H_kv, decay=False, log_scale=False)
+    torch.manual_seed(0)
+    state, inputs = first_state(case, share_valid=0.1), token(case)
+    state.key_sum[...] = torch.linspace(-1, 2, case.K)
+    state.key_sum[..., : case.K // 4] = 0
+    inputs["phi_q"] = torch.ones_like(inputs["phi_q"])
+    expected = window_linear_attention_step(
+        **double(inputs), state=WindowLinearAttentionState(**double(state._asdict())), scale=1.0
+    )
+    assert_close("o", window_step(**inputs, state=state, scale=1.0)[0], expected, torch.float32, factor=2)
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("case", [Case(B=3, w=5), replace(SPLIT, H=1)], ids=str)
+def test_an_empty_state_gives_the_token_itself(case):
     empty = init_window_state(case.B, case.H_kv, case.D, case.K, case.V, window=case.w, decay=True)
     inputs = token(case)
     o, new = window_step(**inputs, state=empty, scale=1.0)
