@@ -164,7 +164,7 @@ struct StepShape {
 
 // Blocks of a split head take columns that are whole lines.
 StepShape choose_shape(const hf_linattn_step_problem& p, int64_t heads, int vector, bool may_split) {
-  const int slices = may_split ? choose_slices(heads, p.value_dim / kMinColumns) : 1;
+  const int slices = may_split ? choose_slices(heads, multiprocessor_count(), p.value_dim / kMinColumns) : 1;
   const int slice_vectors = divide_up(divide_up(p.value_dim, slices), vector);
   return {slices, slice_vectors * vector, choose_threads(heads * slices, p.feature_dim, slice_vectors)};
 }

@@ -170,12 +170,10 @@ __device__ __forceinline__ void sum_partial(float (&sums)[kVector], const float*
 
 __host__ __device__ inline int divide_up(int x, int unit) { return (x + unit - 1) / unit; }
 
-// Blocks of one of `heads` kv heads: as many as the GPU runs at once, one a multiprocessor, `most` at most; a power of
-// two.
-inline int choose_slices(int64_t heads, int most) {
-  const int64_t processors = multiprocessor_count();
+// Blocks of one of `heads` kv heads: as few as make `enough` blocks in all, `most` at most; a power of two.
+inline int choose_slices(int64_t heads, int64_t enough, int most) {
   int slices = 1;
-  while (2 * slices * heads <= processors && 2 * slices <= min(most, kMaxCluster)) slices *= 2;
+  while (heads * slices < enough && 2 * slices <= min(most, kMaxCluster)) slices *= 2;
   return slices;
 }
 

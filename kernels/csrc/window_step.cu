@@ -21,7 +21,7 @@
 //     memory, no second launch and nothing to reset, so that a captured graph can replay the step, and launches on
 //     different states never meet. Which block is last does not show in the results.
 // Invalid slots may hold anything. The first slots of a thread are loaded before it knows which are valid: what is
-// invalid is then not used, be it multiplied by 0.
+// invalid is then not used, not even multiplied by 0.
 #include <float.h>
 
 #include "step.cuh"
@@ -30,11 +30,11 @@ namespace hf_linattn {
 namespace {
 
 constexpr int kMaxWarps = kMaxThreads / kWarp;
-constexpr int kPiece = 8;            // elements of a key that one lane holds
-constexpr int kValueBytes = 32;      // of the ring's values that a thread loads before the first use
-constexpr int kMinRows = 16;         // of a block of a split head
-constexpr int kMaxWindow = 16384;    // what shared memory holds beside the rest on every device, by one head a pass
-constexpr float kMaxExponent = 87;   // a sum of 0 must not meet an infinite factor; 1 / FLT_MIN bounds every other one
+constexpr int kPiece = 8;           // elements of a key that one lane holds
+constexpr int kValueBytes = 32;     // of the ring's values that a thread loads before the first use
+constexpr int kMinRows = 16;        // of a block of a split head
+constexpr int kMaxWindow = 16384;   // what shared memory holds beside the rest on every device, by one head a pass
+constexpr float kMaxExponent = 87;  // a sum of 0 must not meet an infinite factor; 1 / FLT_MIN bounds every other one
 constexpr uint64_t kArrival = uint64_t{1} << 32, kSlotMask = kArrival - 1;
 
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -115,8 +115,8 @@ template <int kHeads>
 struct WindowStepSmem {
   static constexpr int kFeatures = 0;                                         // [kMaxDim][kHeads] phi_q of a pass
   static constexpr int kQueries = kFeatures + kMaxDim * kHeads;               // [kHeads][kMaxDim] q, zeros behind
-  static constexpr int kKey = kQueries + kHeads * kMaxDim;                    // [kMaxDim] k of the token
-  static constexpr int kValue = kKey + kMaxDim;                               // [kMaxDim] v of the token
+  static constexpr int kKey = kQueries + kHeads * kMaxDim;                    // [kMaxDim] k of the token: query kHeads
+  static constexpr int kValue = kKey + kMaxDim;                               // [kMaxDim] v of the token: kHeads + 1
   static constexpr int kReceived = kValue + kMaxDim;                          // [slices][kHeads][columns] sums
   static constexpr int kNewKeys = kReceived + kHeads * kMaxDim;               // [kMaxDim] phi_k of the token
   static constexpr int kLeavingKeys = kNewKeys + kMaxDim;                     // [kMaxDim] phi_k that leaves
@@ -664,7 +664,9 @@ int run_window_step(const hf_linattn_window_step_problem& p, cudaStream_t stream
                        is_aligned(p.ring_k) && is_aligned(p.ring_v);
   const int vector = is_wide ? kWide : 1;
   const bool may_split = has_clusters(window_linear_attention_step_kernel<Element, 1, kWide, true>);
-  const int slices = may_split ? choose_slices(heads, max(p.feature_dim, p.window) / kMinRows) : 1;
+  // A block's registers fill a multiprocessor: enough are half as many, since twice as many still run at once.
+  const int enough = multiprocessor_count() / 2, rows = max(p.feature_dim, p.window);
+  const int slices = may_split ? choose_slices(heads, enough, rows / kMinRows) : 1;
   const Shares shares = {divide_up(p.feature_dim, slices), divide_up(p.window, slices),
                          divide_up(p.value_dim / vector, slices) * vector};
   const int64_t blocks = heads * slices;
