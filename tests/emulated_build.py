@@ -3,6 +3,7 @@
 The environment variable HF_LINATTN_EMULATED_BUILD names the folder of the libraries (build/emulated).
 """
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -14,6 +15,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "kernels" / "csrc"
@@ -82,3 +85,13 @@ def _compile(arguments: Sequence[str], target: Path) -> None:
         temporary.unlink()
         raise RuntimeError(f"g++ failed for {target.name}:\n{done.stderr[-4000:]}")
     temporary.replace(target)
+
+
+def at(x: torch.Tensor) -> ctypes.c_void_p:
+    """As an argument of such a library's functions."""
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def whole_numbers(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Small enough for every product and sum to be exact in float32."""
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
