@@ -203,6 +203,8 @@ class ConversionConfig(Section):
         attention: what replaces softmax (`LinearAttentionConfig`).
         softmax_every: keep layers 0, n, 2n, ... as softmax whatever the depth of the model; not together with
             `attention.softmax_layers`.
+        training_window: windows longer than this are cut to it while the stages train, so that rows of a few thousand
+            tokens have far keys to learn from; null trains with the windows that the model keeps.
         checkpoint_every: steps between checkpoints.
         dtype: of the weights; `auto` is bfloat16 where the device computes it natively, else float32.
         deterministic: refuse algorithms whose result varies between runs, so that a resumed run repeats its losses.
@@ -213,6 +215,7 @@ class ConversionConfig(Section):
     model: str | None = None
     attention: AttentionForm = LinearAttentionConfig()
     softmax_every: Annotated[int, Field(ge=2)] | None = None
+    training_window: Count | None = None
     transfer: TransferConfig = TransferConfig()
     distillation: DistillationConfig = DistillationConfig()
     data: DataConfig = DataConfig()

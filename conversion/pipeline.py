@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
-from hf_linattn import attention_modules, linearize, softmax_attention
+from hf_linattn import attention_modules, linearize, softmax_attention, windows_of_at_most
 from hf_linattn.conversion import attention_transfer, logit_distillation
 from hf_linattn.conversion.adapters import make_trainable, merged
 from hf_linattn.conversion.config import ConversionConfig
@@ -115,7 +115,7 @@ def train_student(
             row_length=config.longest_row,
             seed=config.seed,
         )
-    with packed_softmax(student, dtype):
+    with packed_softmax(student, dtype), windows_of_at_most(student, config.training_window):
         transfer(accelerator, student, corpus, held_out, config, run, dtype)
         return distil(accelerator, student, corpus, held_out, config, run, dtype, source)
 

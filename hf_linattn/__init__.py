@@ -18,6 +18,7 @@ from hf_linattn.layers import (
     set_attention_dropout,
     softmax_attention,
     window_only,
+    windows_of_at_most,
 )
 from hf_linattn.modeling import linearize
 
@@ -33,4 +34,5 @@ __all__ = [
     "set_attention_dropout",
     "softmax_attention",
     "window_only",
+    "windows_of_at_most",
 ]

@@ -18,6 +18,7 @@ from hf_linattn.dropout import AttentionDropout
 from hf_linattn.feature_maps import build_feature_map
 from hf_linattn.gates import build_gate
 from hf_linattn.kernels import (
+    hedgehog_step,
     init_state,
     init_window_state,
     linear_attention,
@@ -130,7 +131,7 @@ class LinearAttention(nn.Module):
             q_len = query.shape[2]
             past = 0 if cache_layer is None else cache_layer.get_seq_length() - q_len
             is_step = q_len == 1 and cache_layer is not None
-            inputs = (query, key) if feature_inputs is None else feature_inputs
+            inputs = (query, key) if feature_inputs is None else in_autocast_dtype(*feature_inputs)
             features = self._features(query, key, value, inputs, scaling, position_ids, past, hidden_states, is_step)
             options = self._options(scaling, sliding_window, softcap)
             if is_step:
@@ -147,13 +148,8 @@ class LinearAttention(nn.Module):
         positions = position_ids
         if positions is None or positions.ndim != 2:
             positions = (torch.arange(query.shape[2], device=query.device) + past).unsqueeze(0)
-        root = scaling**0.5
-        feature_query, feature_key = feature_inputs
-        phi_q = _in_dtype(self.feature_map_q(feature_query * root, positions), query.dtype)
-        phi_k = _in_dtype(self.feature_map_k(feature_key * root, positions), key.dtype)
-        q, k, v, phi_q, phi_k = (
-            x[:, :, 0] if is_step else x.transpose(1, 2) for x in (query, key, value, phi_q, phi_k)
-        )
+        q, k, v = (x[:, :, 0] if is_step else x.transpose(1, 2) for x in (query, key, value))
+        phi_q, phi_k = self._apply_maps(*feature_inputs, positions, scaling**0.5, is_step)
         tensors = (
             {"q": q, "k": k, "v": v, "phi_q": phi_q, "phi_k": phi_k}
             if self.window
@@ -163,6 +159,21 @@ class LinearAttention(nn.Module):
             gates = self.gate(hidden_states)
             tensors |= {n: t[:, 0] if is_step and n == "g" else t for n, t in gates.items()}
         return tensors
+
+    def _apply_maps(self, query, key, positions, root, is_step) -> tuple[Tensor, Tensor]:
+        """phi_q and phi_k of `query` and `key`, as the op takes them."""
+        q_map, k_map = self.feature_map_q.for_step(), self.feature_map_k.for_step()
+        if is_step and q_map is not None:
+            step = hedgehog_step(query[:, :, 0], key[:, :, 0], positions[:, 0], q_map, k_map, scale=root)
+            if step is not None:
+                return step
+        return tuple(
+            x[:, :, 0] if is_step else x.transpose(1, 2)
+            for x in (
+                _in_dtype(self.feature_map_q(query * root, positions), query.dtype),
+                _in_dtype(self.feature_map_k(key * root, positions), key.dtype),
+            )
+        )
 
     def _options(self, scaling, sliding_window, softcap) -> dict:
         if not self.window:

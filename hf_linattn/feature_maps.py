@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hf_linattn.kernels import HedgehogMap
 from hf_linattn.kernels.dispatch import autocast_off
 from hf_linattn.options import check_options, known_options
 
@@ -38,6 +39,10 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def for_step(self) -> HedgehogMap | None:
+        """This map as `hf_linattn.kernels.hedgehog_step` takes it; None for any but Hedgehog."""
+        return None
 
     def _per_head_weight(self, columns: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(self.num_heads * self.head_dim, columns, dtype=torch.float32))
@@ -114,6 +119,10 @@ class HedgehogFeatureMap(FeatureMap):
             size = size + _in_float32(self.magnitude_bias).view(-1, 1, 1)
             features = features * size.clamp(-self.max_magnitude, self.max_magnitude).exp()
         return _heads_second(features, x)
+
+    def for_step(self) -> HedgehogMap:
+        output_weight = self.output_weight if self.hidden_dim else None
+        return HedgehogMap(self.weight, output_weight, self.magnitude_bias if self.magnitude else None)
 
 
 class T2RFeatureMap(FeatureMap):

@@ -179,6 +179,23 @@ def window_only(model: nn.Module) -> Iterator[None]:
             module.linear_branch = True
 
 
+@contextmanager
+def windows_of_at_most(model: nn.Module, longest: int | None) -> Iterator[None]:
+    """Within: windows of more than `longest` tokens are cut to it; None leaves all as they are.
+
+    A window is no parameter: what a layer learns beside a short one holds beside a longer one.
+    """
+    modules = linear_attention_modules(_converted_model(model)).values()
+    windows = [module.window for module in modules]
+    try:
+        for module in modules:
+            module.window = module.window if longest is None else min(module.window, longest)
+        yield
+    finally:
+        for module, window in zip(modules, windows, strict=True):
+            module.window = window
+
+
 def set_attention_dropout(model: nn.Module, p: float) -> None:
     """Set p of the dropout substitute in every converted layer; a training loop anneals it to 0 (dropout.py)."""
     if not 0 <= p < 1:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_linattn.feature_maps import FeatureMap
+from hf_linattn.kernels import HedgehogMap
 
 # e^20 times a million tokens is finite in float32, and no logit of a sink comes near it.
 MAX_LOGIT = 20.0
@@ -62,6 +63,13 @@ class SinkQueries(FeatureMap):
         logits = self._project(x, self.sink_weight) + self.sink_bias.float().unsqueeze(-2)
         return torch.cat([features, logits.clamp_max(MAX_LOGIT).exp()], -1)
 
+    def for_step(self) -> HedgehogMap | None:
+        base = self.base.for_step()
+        if base is None:
+            return None
+        sinks = {"sink_weight": self.sink_weight, "sink_bias": self.sink_bias} if self.sinks else {}
+        return base._replace(far_length=self.far_length, **sinks)
+
 
 class SinkKeys(FeatureMap):
     """Features of keys: those of `base`, or where the key is a sink, only the one that says which.
@@ -83,6 +91,9 @@ class SinkKeys(FeatureMap):
         which = which_sink(positions, self.sinks)[:, None]
         features = features.masked_fill(which.any(-1, keepdim=True), 0)
         return torch.cat([features, which.to(features.dtype).expand(*features.shape[:-1], self.sinks)], -1)
+
+    def for_step(self) -> HedgehogMap | None:
+        return self.base.for_step()
 
 
 def which_sink(positions: Tensor, sinks: int) -> Tensor:

@@ -100,7 +100,8 @@ def load_kernels() -> ctypes.CDLL:
 
 def load_parts() -> ctypes.CDLL:
     """The small kernels with tests/emulated_probe.cu; built in seconds."""
-    parts = (SOURCES / "step.cu", SOURCES / "window_step.cu", SOURCES / "decay_gradient.cu")
+    names = ("step", "window_step", "hedgehog_step", "decay_gradient")
+    parts = [SOURCES / f"{name}.cu" for name in names]
     return _load("hf_linattn_emulated_parts", (*parts, Path(__file__).with_name("emulated_probe.cu")))
 
 

@@ -534,6 +534,73 @@ Tensor window_linear_attention_step(const Tensor& q, const Tensor& k, const Tens
   return o;
 }
 
+// The map of q (with sinks) or of k; x [B, H, D].
+hf_linattn_hedgehog_map describe_hedgehog_map(const char* name, const Tensor& x, const Tensor& weight,
+                                              const OptionalTensor& output_weight,
+                                              const OptionalTensor& magnitude_bias, const OptionalTensor& sink_weight,
+                                              const OptionalTensor& sink_bias, int64_t columns, int64_t sinks,
+                                              const Tensor& features) {
+  require(x.stride(2) == 1 || x.size(2) <= 1, name, ": expected a contiguous last dimension; use .contiguous()");
+  const int64_t heads = x.size(1), dim = x.size(2);
+  const int64_t hidden_dim = output_weight && columns > 0 ? output_weight->size(0) / std::max<int64_t>(heads, 1) : 0;
+  check_float("weight", weight, {heads * dim, columns + hidden_dim + (magnitude_bias ? 1 : 0)});
+  check_float("output_weight", output_weight, {heads * hidden_dim, columns});
+  check_float("magnitude_bias", magnitude_bias, {heads});
+  check_float("sink_weight", sink_weight, {heads * dim, sinks});
+  check_float("sink_bias", sink_bias, {heads, sinks});
+  hf_linattn_hedgehog_map map{};
+  map.x = address(x);
+  map.x_batch_stride = x.stride(0);
+  map.x_head_stride = x.stride(1);
+  map.weight = static_cast<const float*>(address(weight));
+  map.output_weight = address<float>(output_weight);
+  map.magnitude_bias = address<float>(magnitude_bias);
+  map.sink_weight = address<float>(sink_weight);
+  map.sink_bias = address<float>(sink_bias);
+  map.features = address(features);
+  return map;
+}
+
+// Optional weights are there in the maps of both q and k or in neither, but those of sinks, which q has alone.
+std::tuple<Tensor, Tensor> hedgehog_step(const Tensor& q, const Tensor& k, const Tensor& positions,
+                                         const Tensor& weight_q, const Tensor& weight_k,
+                                         const OptionalTensor& output_weight_q, const OptionalTensor& output_weight_k,
+                                         const OptionalTensor& magnitude_bias_q,
+                                         const OptionalTensor& magnitude_bias_k, const OptionalTensor& sink_weight,
+                                         const OptionalTensor& sink_bias, int64_t columns, double scale,
+                                         double far_length) {
+  require(q.dim() == 3 && k.dim() == 3, "q, k: expected [B, H, D]");
+  const DeviceScope scope(q);
+  const int64_t batch = q.size(0), heads = q.size(1), kv_heads = k.size(1), dim = q.size(2);
+  check_shape("k", k, {batch, kv_heads, dim});
+  require(dtype_of(k) == dtype_of(q), "k: expected the dtype of q; cast it");
+  require(positions.dim() == 1 && (positions.size(0) == batch || positions.size(0) == 1) &&
+              dtype_of(positions) == aoti_torch_dtype_int64(),
+          "positions: expected int64 [B] or [1]");
+  const int64_t sinks = sink_bias ? sink_bias->size(1) : 0, feature_dim = 2 * columns + sinks;
+  const Tensor phi_q = allocate(q, {batch, heads, feature_dim}, dtype_of(q));
+  const Tensor phi_k = allocate(q, {batch, kv_heads, feature_dim}, dtype_of(q));
+
+  hf_linattn_hedgehog_step_problem problem{};
+  problem.dtype = kernel_dtype(q);
+  problem.batch = static_cast<int32_t>(batch);
+  problem.num_heads = static_cast<int32_t>(heads);
+  problem.num_kv_heads = static_cast<int32_t>(kv_heads);
+  problem.head_dim = static_cast<int32_t>(dim);
+  problem.columns = static_cast<int32_t>(columns);
+  problem.hidden_dim = output_weight_q && heads > 0 ? static_cast<int32_t>(output_weight_q->size(0) / heads) : 0;
+  problem.sinks = static_cast<int32_t>(sinks);
+  problem.scale = static_cast<float>(scale);
+  problem.far_length = static_cast<float>(far_length);
+  problem.positions = static_cast<const int64_t*>(address(positions));
+  problem.position_stride = positions.size(0) == 1 ? 0 : positions.stride(0);
+  problem.q = describe_hedgehog_map("q", q, weight_q, output_weight_q, magnitude_bias_q, sink_weight, sink_bias,
+                                    columns, sinks, phi_q);
+  problem.k = describe_hedgehog_map("k", k, weight_k, output_weight_k, magnitude_bias_k, {}, {}, columns, sinks, phi_k);
+  if (batch > 0) check_code(hf_linattn_hedgehog_step(&problem, scope.stream()));
+  return {phi_q, phi_k};
+}
+
 int64_t checked_path(const hf_linattn_problem& problem) {
   const int chosen = hf_linattn_path(&problem);
   check_code(chosen < 0 ? chosen : 0);
@@ -603,6 +670,10 @@ STABLE_TORCH_LIBRARY(hf_linattn, m) {
       "Tensor(e!) window_k, Tensor(f!) window_v, Tensor(g!) window_phi_k, Tensor(h!)? window_g, "
       "Tensor(i!) window_valid, Tensor(j!) slot, float scale, float a, float b, float softcap) -> Tensor");
   m.def(
+      "hedgehog_step(Tensor q, Tensor k, Tensor positions, Tensor weight_q, Tensor weight_k, Tensor? output_weight_q, "
+      "Tensor? output_weight_k, Tensor? magnitude_bias_q, Tensor? magnitude_bias_k, Tensor? sink_weight, "
+      "Tensor? sink_bias, int columns, float scale, float far_length) -> (Tensor phi_q, Tensor phi_k)");
+  m.def(
       "linear_attention_path(Tensor q, Tensor k, Tensor v, Tensor? g, float a, float b, bool normalize, bool causal, "
       "int path) -> int");
   m.def(
@@ -633,6 +704,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_linattn, CUDA, m) {
   m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward));
   m.impl("linear_attention_step", TORCH_BOX(&linear_attention_step));
   m.impl("window_linear_attention_step", TORCH_BOX(&window_linear_attention_step));
+  m.impl("hedgehog_step", TORCH_BOX(&hedgehog_step));
   m.impl("linear_attention_path", TORCH_BOX(&linear_attention_path));
   m.impl("window_linear_attention_forward", TORCH_BOX(&window_linear_attention_forward));
   m.impl("window_linear_attention_backward", TORCH_BOX(&window_linear_attention_backward));

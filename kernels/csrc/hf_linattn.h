@@ -108,6 +108,28 @@ typedef struct {
   void* o;                        // [B,H,V] contiguous
 } hf_linattn_step_problem;
 
+// The Hedgehog map of q or of k, and its sinks; float, contiguous, null where there is none.
+typedef struct {
+  const void* x;                  // [B,H,D], last dim contiguous
+  int64_t x_batch_stride, x_head_stride;
+  const float* weight;            // [H,D,columns + hidden_dim + magnitude]: W, W1 and u side by side
+  const float* output_weight;     // [H,hidden_dim,columns]: W2, with a hidden layer
+  const float* magnitude_bias;    // [H], with a magnitude
+  const float* sink_weight;       // [H,D,sinks], of q with sinks
+  const float* sink_bias;         // [H,sinks], likewise
+  void* features;                 // [B,H,2 columns + sinks] contiguous
+} hf_linattn_hedgehog_map;
+
+typedef struct {
+  int32_t dtype;                  // of x and features
+  int32_t batch, num_heads, num_kv_heads, head_dim, columns, hidden_dim, sinks;
+  float scale;                    // multiplies x, which is then rounded to dtype
+  float far_length;               // in tokens; infinite: none
+  const int64_t* positions;       // [B or 1], that of the token in its sequence
+  int64_t position_stride;
+  hf_linattn_hedgehog_map q, k;
+} hf_linattn_hedgehog_step_problem;
+
 // Bytes of device workspace (256-byte aligned) that the call needs; 0 is possible.
 size_t hf_linattn_forward_workspace(const hf_linattn_problem* problem);
 size_t hf_linattn_backward_workspace(const hf_linattn_problem* problem, const hf_linattn_gradients* gradients);
@@ -120,6 +142,7 @@ int hf_linattn_backward(const hf_linattn_problem* problem, const hf_linattn_grad
                         void* stream);
 int hf_linattn_step(const hf_linattn_step_problem* problem, void* stream);
 int hf_linattn_window_step(const hf_linattn_window_step_problem* problem, void* stream);
+int hf_linattn_hedgehog_step(const hf_linattn_hedgehog_step_problem* problem, void* stream);
 
 // HF_LINATTN_PATH_SM80 or _SM90 for this problem on the current device; negative when no kernel takes it (the reason
 // is the last error).

@@ -12,21 +12,6 @@ constexpr int kMinColumns = 32;  // of a split head: whole 128-byte lines
 constexpr float kDenominatorEps = 1e-6f;
 constexpr float kNormEps = 1e-12f;  // of the l2 map: torch.nn.functional.normalize's
 
-__device__ __forceinline__ float load_input(const void* data, int64_t i, int dtype) {
-  if (dtype == HF_LINATTN_BF16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-  if (dtype == HF_LINATTN_FP16) return __half2float(static_cast<const __half*>(data)[i]);
-  return static_cast<const float*>(data)[i];
-}
-
-__device__ __forceinline__ void store_output(void* data, int64_t i, float x, int dtype) {
-  if (dtype == HF_LINATTN_BF16)
-    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16(x);
-  else if (dtype == HF_LINATTN_FP16)
-    static_cast<__half*>(data)[i] = __float2half(x);
-  else
-    static_cast<float*>(data)[i] = x;
-}
-
 // The maps that act on one element; l2 follows when all of a vector is there.
 __device__ __forceinline__ float map_element(float x, int map) {
   if (map == HF_LINATTN_MAP_ELU) return x > 0 ? x + 1 : expf(x);
@@ -89,11 +74,11 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads == 1 ? 2 : 1)
     const int64_t k_offset = batch * p.k_batch_stride + kv_head * p.k_head_stride;
     const int64_t v_offset = batch * p.v_batch_stride + kv_head * p.v_head_stride + first_column;
     for (int r = thread; r < feature_dim; r += threads) {
-      keys[r] = map_element(load_input(p.k, k_offset + r, p.dtype), p.feature_map);
+      keys[r] = map_element(load_element(p.k, k_offset + r, p.dtype), p.feature_map);
       if (p.state.key_sum != nullptr) key_sum[r] = decay * p.state.key_sum[state_row * feature_dim + r];
     }
     for (int c = thread; c < columns; c += threads) {
-      values[c] = load_input(p.v, v_offset + c, p.dtype);
+      values[c] = load_element(p.v, v_offset + c, p.dtype);
       if (p.state.value_sum == nullptr) continue;
       // The columns of value_sum belong to this block alone.
       float* const element = p.state.value_sum + state_row * p.value_dim + first_column + c;
@@ -111,7 +96,7 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads == 1 ? 2 : 1)
         const int h = i / kMaxDim, r = i % kMaxDim;
         if (r < feature_dim)
           features[r * kHeads + h] =
-              h < heads ? map_element(load_input(p.q, q_offset + h * p.q_head_stride + r, p.dtype), p.feature_map) : 0;
+              h < heads ? map_element(load_element(p.q, q_offset + h * p.q_head_stride + r, p.dtype), p.feature_map) : 0;
       }
       __syncthreads();
       if (p.feature_map == HF_LINATTN_MAP_L2) {
@@ -144,7 +129,7 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads == 1 ? 2 : 1)
         if (p.state.value_sum != nullptr) o += p.a * value_sum[c];
         if (p.normalize) o /= denominators[h];
         const int64_t row = static_cast<int64_t>(batch) * p.num_heads + head + h;
-        store_output(p.o, row * p.value_dim + first_column + c, o, p.dtype);
+        store_element(p.o, row * p.value_dim + first_column + c, o, p.dtype);
       }
       if (first_head + kHeads < group) __syncthreads();  // the next pass writes features and partial
     }

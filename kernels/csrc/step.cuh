@@ -1,7 +1,7 @@
-// What the kernels of one token share (step.cu, window_step.cu): how a [K, V] state is divided over threads, blocks and
-// clusters, and how rows times weights are summed.
+// What the kernels of one token share (step.cu, window_step.cu; of hedgehog_step.cu the small things): how a [K, V] state
+// is divided over threads, blocks and clusters, and how rows times weights are summed.
 //
-// Both are bound by bytes: a thread holds a few 16-byte pieces of rows, uses them while they are in registers and goes
+// Steps are bound by bytes: a thread holds a few 16-byte pieces of rows, uses them while they are in registers and goes
 // on to the next. A block takes one kv head (or a part of it) and all query heads that read it, so that bytes move once
 // whatever the group is. With groups of more than kMaxHeads, a block reads its part again, out of the L2 cache.
 //
@@ -39,6 +39,27 @@ __device__ __forceinline__ float sum_over_warp(float x) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
   return x;
+}
+
+__device__ __forceinline__ float load_element(const void* data, int64_t i, int dtype) {
+  if (dtype == HF_LINATTN_BF16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+  if (dtype == HF_LINATTN_FP16) return __half2float(static_cast<const __half*>(data)[i]);
+  return static_cast<const float*>(data)[i];
+}
+
+__device__ __forceinline__ void store_element(void* data, int64_t i, float x, int dtype) {
+  if (dtype == HF_LINATTN_BF16)
+    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16(x);
+  else if (dtype == HF_LINATTN_FP16)
+    static_cast<__half*>(data)[i] = __float2half(x);
+  else
+    static_cast<float*>(data)[i] = x;
+}
+
+// x as an element of dtype holds it.
+__device__ __forceinline__ float round_to(float x, int dtype) {
+  if (dtype == HF_LINATTN_BF16) return __bfloat162float(__float2bfloat16(x));
+  return dtype == HF_LINATTN_FP16 ? __half2float(__float2half(x)) : x;
 }
 
 template <int kVector>

@@ -13,8 +13,8 @@
 //
 // Who may overwrite what others still read:
 //   - rows of kv, key_sum and ring_phi_k[slot]: one block's own, which alone reads them;
-//   - what every block of a head reads, behind the cluster's barrier, before which all have read: ring_v[slot],
-//     ring_g[slot] and weight_sum by the first block, columns of value_sum by the one that writes them of o;
+//   - what every block of a head reads, once the sums of all have come: ring_v[slot], ring_g[slot] and weight_sum by
+//     the first block, columns of value_sum by the one that writes them of o;
 //   - ring_k[slot]: the first block too; whose slot it is may load the old or the new key and uses neither;
 //   - ring_valid[:, slot] and slot, which every block reads: the last block of the grid to have read them. Blocks count
 //     themselves in the upper half of *slot, which is 0 between launches, and the last one writes the whole of it. No
@@ -113,10 +113,11 @@ struct Shares {
 // Parts of shared memory, all float but the last. A head's rows, slots and columns are those of the block.
 template <int kHeads>
 struct WindowStepSmem {
-  static constexpr int kFeatures = 0;                                         // [kMaxDim][kHeads] phi_q of a pass
+  static constexpr int kBarrier = 0;                                          // uint64_t of Exchange
+  static constexpr int kFeatures = kBarrier + kWide;                          // [kMaxDim][kHeads] phi_q of a pass
   static constexpr int kQueries = kFeatures + kMaxDim * kHeads;               // [kHeads][kMaxDim] q, zeros behind
-  static constexpr int kKey = kQueries + kHeads * kMaxDim;                    // [kMaxDim] k of the token: query kHeads
-  static constexpr int kValue = kKey + kMaxDim;                               // [kMaxDim] v of the token: kHeads + 1
+  static constexpr int kKey = kQueries + kHeads * kMaxDim;                    // [kMaxDim] k of the token
+  static constexpr int kValue = kKey + kMaxDim;                               // [kMaxDim] v of the token
   static constexpr int kReceived = kValue + kMaxDim;                          // [slices][kHeads][columns] sums
   static constexpr int kNewKeys = kReceived + kHeads * kMaxDim;               // [kMaxDim] phi_k of the token
   static constexpr int kLeavingKeys = kNewKeys + kMaxDim;                     // [kMaxDim] phi_k that leaves
@@ -325,15 +326,44 @@ struct Leaving {
   float key_sum, value_sum;
 };
 
-// *element = x in the shared memory of the block of this rank.
+// What the blocks of a head send one another, counted by a barrier in shared memory. The barrier of the cluster would
+// do, but waits for the stores to kv that are under way. A head of one block takes __syncthreads.
 template <bool kClusters>
-__device__ __forceinline__ void store_in_block(float* element, int rank, float x) {
+struct Exchange {
+  uint32_t barrier;  // shared address
+
+  // By one thread, before the block arrives at the cluster's barrier.
+  __device__ __forceinline__ void init() const {
 #if HF_LINATTN_HAS_SM90
-  if constexpr (kClusters)
-    return ptx::store_remote(ptx::map_shared_rank(ptx::smem_address(element), static_cast<uint32_t>(rank)), x);
+    if constexpr (kClusters) ptx::mbarrier_init(barrier, 1), ptx::mbarrier_init_fence();
 #endif
-  *element = x;
-}
+  }
+
+  // By one thread: floats that this block receives in this pass.
+  __device__ __forceinline__ void expect(int floats) const {
+#if HF_LINATTN_HAS_SM90
+    if constexpr (kClusters) ptx::mbarrier_arrive_expect_tx(barrier, static_cast<uint32_t>(floats) * sizeof(float));
+#endif
+  }
+
+  // *element = x in the shared memory of the block of this rank.
+  __device__ __forceinline__ void send(float* element, int rank, float x) const {
+#if HF_LINATTN_HAS_SM90
+    if constexpr (kClusters) {
+      const uint32_t to = static_cast<uint32_t>(rank);
+      return ptx::st_async(ptx::map_shared_rank(ptx::smem_address(element), to), x, ptx::map_shared_rank(barrier, to));
+    }
+#endif
+    *element = x;
+  }
+
+  __device__ __forceinline__ void wait(int pass) const {
+#if HF_LINATTN_HAS_SM90
+    if constexpr (kClusters) return ptx::mbarrier_wait_cluster(barrier, static_cast<uint32_t>(pass) % 2);
+#endif
+    __syncthreads();
+  }
+};
 
 // kHeads: query heads of one pass. kVector: columns of one access, kWide where keys, too, can be loaded by 16 bytes.
 // kClusters: the blocks of a head form a cluster.
@@ -341,10 +371,12 @@ template <class Element, int kHeads, int kVector, bool kClusters>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     window_linear_attention_step_kernel(const hf_linattn_window_step_problem p, int slices, const Shares shares) {
   if constexpr (!kClusters || HF_LINATTN_HAS_SM90) {
-    arrive_at_cluster<kClusters>();  // this block has begun, others may write to it
-
     using Smem = WindowStepSmem<kHeads>;
     float* const smem = reinterpret_cast<float*>(ptx::dynamic_smem());
+    const Exchange<kClusters> exchange = {ptx::smem_address(smem + Smem::kBarrier)};
+    if (threadIdx.x == 0) exchange.init();
+    arrive_at_cluster<kClusters>();  // others may write to this block
+
     float *const features = smem + Smem::kFeatures, *const queries = smem + Smem::kQueries;
     float *const key = smem + Smem::kKey, *const value = smem + Smem::kValue, *const new_keys = smem + Smem::kNewKeys;
     float *const leaving_keys = smem + Smem::kLeavingKeys, *const leaving_values = smem + Smem::kLeavingValues;
@@ -358,8 +390,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     float *const weights = smem + Smem::kWeights, *const partial = smem + Smem::partial(shares.slots);
 
     const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-    const int warp = thread / kWarp, lane = thread % kWarp, warps = threads / kWarp;
+    const int warp = thread / kWarp, lane = thread % kWarp, warps = threads / kWarp;  // blocks of a head
     const int block = static_cast<int>(blockIdx.x), slice = block % slices, task = block / slices;
+    const auto own_slice = [&] { return kClusters ? hidden(slice) : 0; };
     const int batch = task / p.num_kv_heads, kv_head = task % p.num_kv_heads;
     const int64_t state_row = task;  // of [N, H_kv]
     const int feature_dim = p.feature_dim, value_dim = p.value_dim, group = p.num_heads / p.num_kv_heads;
@@ -378,13 +411,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     Element* const ring_phi_k = static_cast<Element*>(p.ring_phi_k);
     uint8_t* const valid_row = p.ring_valid + static_cast<int64_t>(batch) * p.window;
     // That a thread holds; more heads leave fewer registers.
-    constexpr int kKeyBytes = kHeads < (kClusters ? kMaxHeads : kMaxHeads / 2) ? 64 : 32;
+    constexpr int kKeyBytes = kHeads * sizeof(Element) < kMaxHeads * 2 ? 64 : 32;
     RingKeys<Element, kVector == kWide, kKeyBytes> keys = {
         ring_k + first_own * p.window_dim, p.num_kv_heads * p.window_dim, slots.count, p.window_dim};
     StateRows<kVector> state = {p.state.kv + (state_row * feature_dim + rows.first) * value_dim + column, rows.count,
                                 value_dim, first_row, lanes.row_lanes};
-    RingValues<Element, kVector> values = {ring_v + first_own * value_dim + column,
-                                           p.num_kv_heads * value_dim, slots.count, first_row, lanes.row_lanes};
+    RingValues<Element, kVector> values = {ring_v + first_own * value_dim + column, p.num_kv_heads * value_dim,
+                                           slots.count, first_row, lanes.row_lanes};
     keys.load(0, nullptr);
     state.load(first_row);
     values.load(first_row, nullptr);
@@ -392,7 +425,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
     int slot = 0;
     const auto load_leaving = [&](int i) {
-      const int r = rows.first + min(i, max(rows.count - 1, 0)), c = min(i, value_dim - 1);
+      const int r = part_of(feature_dim, shares.features, own_slice()).first + min(i, max(rows.count - 1, 0));
+      const int c = min(i, value_dim - 1);
       const int64_t entry = entry_of(p, batch, hidden(kv_head), slot);
       const int64_t state_row = static_cast<int64_t>(hidden(batch)) * p.num_kv_heads + kv_head;  // of [N, H_kv]
       return Leaving<Element>{ring_phi_k[entry * feature_dim + r], ring_v[entry * value_dim + c],
@@ -416,8 +450,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       int part_bits = 0;
       while ((2 * kWarp << part_bits) < largest_dim) ++part_bits;
 #pragma unroll 1
-      for (int part = warp; part < (is_first_pass ? kHeads + 2 : kHeads) << part_bits; part += warps) {
-        const int h = part >> part_bits, first = (part - (h << part_bits)) * 2 * kWarp + lane;
+      for (int part = hidden(warp); part < (is_first_pass ? kHeads + 2 : kHeads) << part_bits; part += warps) {
+        const int h = part >> part_bits, first = (part - (h << part_bits)) * 2 * kWarp + hidden(lane);
         const auto vector_of = [&](const void* data, int64_t batch_stride, int64_t head_stride, int head) {
           return static_cast<const Element*>(data) + hidden(batch) * batch_stride + head * head_stride;
         };
@@ -428,7 +462,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         const Element* const of_features =
             (is_head ? vector_of(p.phi_q, p.phi_q_batch_stride, p.phi_q_head_stride, head + h)
                      : vector_of(p.phi_k, p.phi_k_batch_stride, p.phi_k_head_stride, kv_head)) +
-            hidden(rows.first);
+            part_of(feature_dim, shares.features, own_slice()).first;
         const int window_dim = !is_there ? 0 : is_value ? value_dim : p.window_dim;
         const int row_count = is_there && !is_value ? rows.count : 0;
         Element x[2], y[2];
@@ -454,13 +488,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if (is_first_pass) {
         // Hidden: all that is formed of it would wait for it before the loads above.
         slot = hidden(loaded_slot);
-        if (thread < slots.count) is_valid[thread] = slots.first + thread != slot && hidden(first_valid) != 0;
+        const int first_slot = part_of(p.window, shares.slots, own_slice()).first;
+        if (thread < slots.count) is_valid[thread] = first_slot + thread != slot && hidden(first_valid) != 0;
         leaves = valid_row[slot] != 0;
         if (p.g != nullptr) decay = p.ring_g[entry_of(p, batch, kv_head, slot)];
         first_leaving = load_leaving(thread);
 #pragma unroll 1
         for (int j = hidden(thread) + threads; j < slots.count; j += threads)
-          is_valid[j] = slots.first + j != slot && valid_row[hidden(slots.first) + j] != 0;
+          is_valid[j] = first_slot + j != slot && valid_row[first_slot + j] != 0;
         if (thread == 0) is_valid[hidden(slots.count)] = slice == 0;
       }
       __syncthreads();
@@ -520,15 +555,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       state.multiply(sums, features, is_first_pass, decay, leaving_keys, leaving_v);
       __syncthreads();
 
-      wait_for_cluster<kClusters>();  // all blocks have begun, and are done with what the pass before left there
+      wait_for_cluster<kClusters>();  // all blocks have begun, and are done with what the pass before sent
       if (const int thread = hidden(static_cast<int>(threadIdx.x)); thread < slices * kHeads) {
         const int rank = thread / kHeads, h = thread % kHeads, i = slice * kHeads + h;
         float near_sum = 0;
 #pragma unroll 4
         for (int w = 0; w < warps; ++w) near_sum += near_sums[w * kHeads + h];
-        store_in_block<kClusters>(peaks + i, rank, block_sums.peak);
-        store_in_block<kClusters>(all_near_sums + i, rank, near_sum);
-        store_in_block<kClusters>(all_far_sums + i, rank, block_sums.far_sum);
+        exchange.send(peaks + i, rank, block_sums.peak);
+        exchange.send(all_near_sums + i, rank, near_sum);
+        exchange.send(all_far_sums + i, rank, block_sums.far_sum);
       }
 #pragma unroll
       for (int h = 0; h < kHeads; ++h)
@@ -544,26 +579,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
           for (int c = 0; c < kVector; ++c) sums[h][c] += token_weights[h] * token[c];
       }
-      store_partial(partial, sums, lanes, value_dim, hidden(first_row), hidden(column));
+      store_partial(partial, sums, lanes, hidden(value_dim), hidden(first_row), hidden(column));
       __syncthreads();
 
 #pragma unroll 1
       for (int h = hidden(first_row); h < heads; h += lanes.row_lanes) {
         float sum[kVector];
-        sum_partial<kHeads>(sum, partial, lanes, value_dim, h, column);
+        sum_partial<kHeads>(sum, partial, lanes, hidden(value_dim), h, column);
         const int rank = hidden(column) / shares.columns, c = column - rank * shares.columns;
 #pragma unroll
         for (int j = 0; j < kVector; ++j)
-          store_in_block<kClusters>(received + (slice * kHeads + h) * shares.columns + c + j, rank, sum[j]);
+          exchange.send(received + (slice * kHeads + h) * shares.columns + c + j, rank, sum[j]);
       }
-      arrive_at_cluster<kClusters>();
-      wait_for_cluster<kClusters>();
-      if constexpr (!kClusters) __syncthreads();
+      const Part columns = part_of(value_dim, shares.columns, own_slice());
+      if (hidden(thread) == 0) exchange.expect(slices * (3 * kHeads + heads * columns.count));
+      exchange.wait(first_head / kHeads);
 
-      const Part columns = part_of(value_dim, shares.columns, hidden(slice));
       if (is_first_pass) {
-        // All blocks of the cluster have read what this one overwrites.
-        const int first_feature = part_of(feature_dim, shares.features, hidden(slice)).first;
+        // All blocks of the cluster have sent, and read before that what this one overwrites.
+        const int first_feature = part_of(feature_dim, shares.features, own_slice()).first;
         const int of_kv = hidden(kv_head), of_batch = hidden(batch);
         const int64_t entry = entry_of(p, of_batch, of_kv, hidden(slot));
         const int64_t of_state = static_cast<int64_t>(of_batch) * p.num_kv_heads + of_kv;

@@ -19,6 +19,7 @@ COMPILED_OPS = {
     "linear_attention_step": "linear_attention_step",
     "window_linear_attention": "window_linear_attention_forward",
     "window_linear_attention_step": "window_linear_attention_step",
+    "hedgehog_step": "hedgehog_step",
 }
 COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of hf_linattn.h
 MIN_CAPABILITY = (8, 0)

@@ -75,6 +75,34 @@ def test_a_finished_run_is_not_run_again(converted_folder, model_folder, text_fi
     assert again == summary
 
 
+def test_stages_train_with_the_training_window(model_folder, text_file, tmp_path, tiny_recipe, monkeypatch):
+    windows = {}
+
+    def look(stage, function):
+        def run(accelerator, model, *rest, **options):
+            windows[stage] = sorted(m.window for m in linear_attention_modules(model).values())
+            return function(accelerator, model, *rest, **options)
+
+        return run
+
+    for module, name in (
+        (pipeline.attention_transfer, "transfer_attention"),
+        (pipeline.logit_distillation, "distill_logits"),
+    ):
+        monkeypatch.setattr(module, name, look(name, getattr(module, name)))
+    recipe = tiny_recipe(
+        "attention.layer_windows={2: 40, 3: 12}",
+        "training_window=12",
+        "transfer.tokens=256",
+        "distillation.tokens=256",
+    )
+    output = tmp_path / "out"
+    convert(str(model_folder), output, recipe, data=str(text_file), device="cpu")
+    assert windows == {"transfer_attention": [8, 12, 12], "distill_logits": [8, 12, 12]}
+    kept = AutoModelForCausalLM.from_pretrained(output)
+    assert [m.window for m in linear_attention_modules(kept).values()] == [8, 40, 12]
+
+
 def test_full_training_and_no_data(model_folder, tmp_path, tiny_recipe):
     config = tiny_recipe("distillation.full=true", "data.self_sampling.batch_size=16")
     summary = convert(str(model_folder), tmp_path / "out", config, data="self", device="cpu")

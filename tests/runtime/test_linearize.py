@@ -1,6 +1,7 @@
 """Conversion in place: what is replaced, what is refused, and that a refusal changes nothing."""
 
 import copy
+import dataclasses
 import sys
 
 import pytest
@@ -62,6 +63,21 @@ def test_window_only_is_a_sliding_window_softmax():
     with hf_linattn.window_only(model):
         assert (model(ids(), use_cache=False).logits - expected).abs().max() < 1e-4 * expected.abs().max()
     assert not torch.allclose(model(ids(), use_cache=False).logits, expected, atol=1e-2)
+
+
+@torch.no_grad()
+def test_windows_of_at_most_are_those_of_a_model_built_with_them():
+    config = LinearAttentionConfig(window=4, layer_windows={1: 8, 2: 20})
+    model, shorter = (
+        linearize(tiny_model("llama"), dataclasses.replace(config, layer_windows=windows))
+        for windows in ({1: 8, 2: 20}, {1: 8, 2: 8})
+    )
+    before = model(ids(), use_cache=False).logits
+    with hf_linattn.windows_of_at_most(model, 8):
+        assert torch.equal(model(ids(), use_cache=False).logits, shorter(ids(), use_cache=False).logits)
+    assert torch.equal(model(ids(), use_cache=False).logits, before)
+    with hf_linattn.windows_of_at_most(model, None):
+        assert torch.equal(model(ids(), use_cache=False).logits, before)
 
 
 def test_window_only_refuses_a_model_without_window():
