@@ -162,8 +162,8 @@ class LinearAttention(nn.Module):
 
     def _apply_maps(self, query, key, positions, root, is_step) -> tuple[Tensor, Tensor]:
         """phi_q and phi_k of `query` and `key`, as the op takes them."""
-        q_map, k_map = self.feature_map_q.for_step(), self.feature_map_k.for_step()
-        if is_step and q_map is not None:
+        if is_step and (q_map := self.feature_map_q.for_step()) is not None:
+            k_map = self.feature_map_k.for_step()
             step = hedgehog_step(query[:, :, 0], key[:, :, 0], positions[:, 0], q_map, k_map, scale=root)
             if step is not None:
                 return step
