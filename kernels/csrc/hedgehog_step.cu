@@ -5,8 +5,6 @@
 // A block has one head, of q or of k, and some sequences. Weights are most of the bytes, 48 KB a head where x has 64
 // numbers; they are asked for before x, and latencies decide. A warp takes 32 columns and a part of the rows of a
 // product, a lane one column; the parts are added up through shared memory.
-#include <float.h>
-
 #include "step.cuh"
 
 namespace hf_linattn {
