@@ -127,11 +127,11 @@ class LinearAttention(nn.Module):
             `[B, T, H, V]`, contiguous, in value's dtype.
         """
         query, key, value = in_autocast_dtype(query, key, value)
+        inputs = (query, key) if feature_inputs is None else in_autocast_dtype(*feature_inputs)
         with autocast_off(query.device):
             q_len = query.shape[2]
             past = 0 if cache_layer is None else cache_layer.get_seq_length() - q_len
             is_step = q_len == 1 and cache_layer is not None
-            inputs = (query, key) if feature_inputs is None else in_autocast_dtype(*feature_inputs)
             features = self._features(query, key, value, inputs, scaling, position_ids, past, hidden_states, is_step)
             options = self._options(scaling, sliding_window, softcap)
             if is_step:

@@ -245,32 +245,30 @@ def test_generate_compiles_a_static_cache_once(model, chunk):
 
 
 @torch.no_grad()
-def test_compiled_generate_notices_what_changes_a_state(model, monkeypatch):
-    """Without guards on the state itself: other batches, dtypes and windows are compiled anew."""
+def test_compiled_generate_notices_what_changes_a_state(monkeypatch):
+    """Without guards on the state itself: other batches and windows are compiled anew."""
+    torch.manual_seed(0)
+    model = linearize(tiny_model("llama", num_hidden_layers=1), FORMS["window"])
     torch._dynamo.reset()
-    looked_at = []
+    left_out = []
 
     def keep(guards):
         kept = _no_state_guards(guards)
-        looked_at.append(sum(not x for x in kept))
+        left_out.append(sum(not x for x in kept))
         return kept
 
     monkeypatch.setattr(modeling, "_no_state_guards", keep)
     compiled = CompileConfig(backend="eager", mode=None)
     compiled._compile_all_devices = True
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    options |= {"cache_implementation": "static", "return_dict_in_generate": True, "output_logits": True}
-    float32, bfloat16 = torch.float32, torch.bfloat16
-    for batch, dtype, window in ((2, float32, 9), (3, float32, 9), (3, bfloat16, 9), (3, bfloat16, 2)):
-        model.to(dtype)
+    options |= {"cache_implementation": "static"}
+    for batch, window in ((2, 4), (3, 4), (3, 2)):
         options["attention_mask"] = torch.ones(batch, 12, dtype=torch.long)
         with windows_of_at_most(model, window):
             eager = model.generate(ids(batch, 12), disable_compile=True, **options)
-            output = model.generate(ids(batch, 12), compile_config=compiled, **options)
-        assert torch.equal(output.sequences, eager.sequences)
-    has_window = any(m.window for m in linear_attention_modules(model).values())
-    assert len(looked_at) == (4 if has_window else 3)
-    assert min(looked_at) > 10
+            assert torch.equal(model.generate(ids(batch, 12), compile_config=compiled, **options), eager)
+    assert len(left_out) == 3
+    assert min(left_out) > 10
 
 
 @torch.no_grad()
