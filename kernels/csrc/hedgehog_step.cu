@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 1) hedgehog_step_kernel(const hf_lin
   const hf_linattn_hedgehog_map& map = is_query ? p.q : p.k;
   const int columns = p.columns, hidden_dim = p.hidden_dim, dim = p.head_dim;
   const int width = columns + hidden_dim + (map.magnitude_bias != nullptr), query_sinks = is_query ? p.sinks : 0;
-  const int all_columns = width + query_sinks, first_sink = width;
+  const int all_columns = width + query_sinks;  // those of the sinks are the last
 
   const Division first = divide_product(dim, all_columns), second = divide_product(hidden_dim, columns);
   const auto column_of = [&](const Division& division) { return warp % division.column_warps * kWarp + lane; };
@@ -94,10 +94,10 @@ __global__ void __launch_bounds__(kThreads, 1) hedgehog_step_kernel(const hf_lin
   };
 
   const int column = column_of(first), first_row = part_of(first) * first.part_rows;
-  const bool is_sink = column >= first_sink;
+  const bool is_sink = column >= width;
   WeightColumn weights = {nullptr, is_sink ? query_sinks : width, rows_of(first, dim, all_columns), {}};
   if (weights.rows > 0)
-    weights.first = (is_sink ? map.sink_weight + column - first_sink : map.weight + column) +
+    weights.first = (is_sink ? map.sink_weight + column - width : map.weight + column) +
                     (static_cast<int64_t>(head) * dim + first_row) * weights.stride;
   weights.load(0);
   const int output_column = column_of(second), first_hidden = part_of(second) * second.part_rows;
@@ -114,10 +114,10 @@ __global__ void __launch_bounds__(kThreads, 1) hedgehog_step_kernel(const hf_lin
   const float sink_bias = lane < query_sinks ? map.sink_bias[head * query_sinks + lane] : 0;
 
   for (int i = thread; i < kRows * kMaxDim; i += kThreads) {
-    const int r = i / kMaxDim, d = i % kMaxDim, batch = first_batch + r;
+    const int of_row = first_batch + i / kMaxDim, d = i % kMaxDim;
     float x = 0;
-    if (d < dim && batch < p.batch)
-      x = p.scale * load_element(map.x, batch * map.x_batch_stride + head * map.x_head_stride + d, p.dtype);
+    if (d < dim && of_row < p.batch)
+      x = p.scale * load_element(map.x, of_row * map.x_batch_stride + head * map.x_head_stride + d, p.dtype);
     inputs[i] = round_to(x, p.dtype);
   }
   __syncthreads();
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1) hedgehog_step_kernel(const hf_lin
   }
   for (int s = lane; s < p.sinks; s += kWarp) {
     const float bias = s == lane || !is_query ? sink_bias : map.sink_bias[head * p.sinks + s];
-    store(2 * columns + s, is_query ? expf(fminf(row[first_sink + s] + bias, kMaxSinkLogit)) : position == s);
+    store(2 * columns + s, is_query ? expf(fminf(row[width + s] + bias, kMaxSinkLogit)) : position == s);
   }
 }
 
