@@ -3,12 +3,14 @@
 Both are the same weights: `softmax` runs the attention that the layers had, with the usual key-value cache. Contexts
 are random tokens, read in pieces; `generate` takes over at the last one. A step's time is the difference of two calls
 that generate different numbers of tokens, so that what is done once drops out. `static` is Transformers' static cache,
-whose decode step `generate` compiles on a GPU.
+whose decode step `generate` compiles on a GPU: softmax as Transformers does, a converted model into one CUDA graph
+(`hf_linattn.decoding`). `softmax_captured` gives softmax that graph too, so that the attention alone differs.
 
     tokens_per_s = batch (n_long - n_short) / (t_long - t_short)
 """
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -23,7 +25,7 @@ from hf_linattn.evals.bench_timing import peak_bytes
 MIB = 2**20
 PREFILL_TOKENS = 16384
 """Tokens of all rows that prefill reads at once."""
-CACHES, VARIANTS = ("dynamic", "static"), ("softmax", "student")
+CACHES, VARIANTS = ("dynamic", "static"), ("softmax", "softmax_captured", "student")
 FIELDS = (
     "variant",
     "cache",
@@ -45,7 +47,7 @@ def generation_speed(
     batches: Iterable[int] = (1, 16, 64),
     caches: Iterable[str] = CACHES,
     variants: Iterable[str] = VARIANTS,
-    new_tokens: tuple[int, int] = (8, 40),
+    new_tokens: tuple[int, int] = (8, 104),
     runs: int = 3,
 ) -> Iterator[dict]:
     """Measure each combination, row by row.
@@ -54,7 +56,8 @@ def generation_speed(
         model (`PreTrainedModel`): converted, on the device to measure.
         contexts, batches: prompt lengths in tokens, rows.
         caches: "dynamic" and "static".
-        variants: "student", and "softmax" for the same weights with the attention they had.
+        variants: "student"; "softmax", the same weights with the attention they had in Transformers' own `generate`;
+            "softmax_captured", static caches only.
         new_tokens: the smaller and the larger number of generated tokens.
         runs: timed calls, of which the median counts.
 
@@ -67,9 +70,11 @@ def generation_speed(
         for context in contexts:
             for cache in caches:
                 for variant in variants:
+                    if (variant, cache) == ("softmax_captured", "dynamic"):
+                        continue
                     row = dict.fromkeys(FIELDS)
                     row |= {"variant": variant, "cache": cache, "batch": batch, "context": context}
-                    with softmax_attention(model) if variant == "softmax" else contextlib.nullcontext():
+                    with _run_as(model, variant):
                         try:
                             row |= _measure(model, batch, context, cache, new_tokens, runs)
                         except torch.OutOfMemoryError:
@@ -78,6 +83,17 @@ def generation_speed(
                         torch.cuda.empty_cache()
                     torch.compiler.reset()
                     yield row
+
+
+@contextlib.contextmanager
+def _run_as(model: PreTrainedModel, variant: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if variant != "student":
+            stack.enter_context(softmax_attention(model))
+        if variant == "softmax":
+            model.get_compiled_call = functools.partial(PreTrainedModel.get_compiled_call, model)
+            stack.callback(delattr, model, "get_compiled_call")
+        yield
 
 
 @torch.no_grad()

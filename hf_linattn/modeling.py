@@ -5,14 +5,11 @@ base type, `LinAttnLlamaConfig` and `LinAttnLlamaForCausalLM` are subclasses of 
 converted model or fails, never softmax with left-over weights.
 """
 
-import dataclasses
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
@@ -21,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from hf_linattn.attention import LinearAttention
 from hf_linattn.cache import convert_cache
 from hf_linattn.config import LinearAttentionConfig
+from hf_linattn.decoding import CapturedStep, capture_config
 from hf_linattn.layers import (
     attach,
     attention_modules,
@@ -33,8 +31,6 @@ from hf_linattn.remote_code import REMOTE_FILE, write_remote_code
 
 MODEL_TYPE = "hf_linattn"
 CLASS_PREFIX = "LinAttn"
-# As guards of TorchDynamo name a member of a cache layer's state.
-STATE_TENSOR = re.compile(r"\.layers\[\d+\]\.state\.")
 
 
 def linearize(model: PreTrainedModel, config: LinearAttentionConfig | dict, *, probe: bool = True) -> PreTrainedModel:
@@ -144,8 +140,11 @@ class ConvertedModelMixin:
                 cache.activate_past_recording()
 
     def get_compiled_call(self, compile_config: CompileConfig | None):
-        """As in Transformers, with fewer checks before each step of `generate` (see `_without_state_guards`)."""
-        return super().get_compiled_call(_without_state_guards(compile_config or CompileConfig()))
+        """As in Transformers; on a GPU, `generate` captures its decode step in a CUDA graph (see `decoding`)."""
+        config = capture_config(self, compile_config)
+        if config is None:
+            return super().get_compiled_call(compile_config)
+        return CapturedStep(super().get_compiled_call(config))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, is_main_process: bool = True, **kwargs):
         """As in Transformers, plus the code file for `trust_remote_code=True`."""
@@ -161,24 +160,6 @@ class ConvertedModelMixin:
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Nothing: `save_pretrained` writes the code file and `auto_map` itself."""
-
-
-def _without_state_guards(config: CompileConfig) -> CompileConfig:
-    """`config`, with no guards on the tensors of a state: a dozen a layer, which cost as long as the layer itself.
-
-    Their shapes and dtypes follow from the inputs, the module's attributes and its parameters, which are guarded.
-    """
-    options, mode = config.options, config.mode
-    if mode and config.backend == "inductor":
-        # torch.compile takes a mode or options.
-        options, mode = torch._inductor.list_mode_options(mode) | (options or {}), None
-    if mode or "guard_filter_fn" in (options or {}):
-        return config
-    return dataclasses.replace(config, mode=None, options={**(options or {}), "guard_filter_fn": _no_state_guards})
-
-
-def _no_state_guards(guards) -> list[bool]:
-    return [STATE_TENSOR.search(guard.name) is None for guard in guards]
 
 
 class ConvertedConfigMixin:

@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_model
 from transformers import CompileConfig
 
-from hf_linattn import LinearAttentionConfig, linearize
+from hf_linattn import LinearAttentionConfig, linearize, modeling
 from hf_linattn.evals import generation
 from hf_linattn.evals.generation import FIELDS, generation_speed
 
@@ -76,8 +76,18 @@ def test_timed_calls_compile_nothing(model, monkeypatch):
     torch.compiler.reset()
     list(generation_speed(model, contexts=(32, 16), caches=("static",), batches=(2,), new_tokens=(4, 9), runs=2))
     calls = 5
-    assert [after[i] for i in range(0, 4 * calls, calls)] == [1, 2, 3, 4]
-    assert all(after[i] == after[i - i % calls] for i in range(4 * calls))
+    assert [after[i] for i in range(0, 6 * calls, calls)] == [1, 2, 3, 4, 5, 6]
+    assert all(after[i] == after[i - i % calls] for i in range(6 * calls))
+
+
+def test_softmax_generates_as_transformers_does(model, monkeypatch):
+    """Ours compiles a converted model's step only, and the softmax step of the variant that says so."""
+    asked = []
+    monkeypatch.setattr(modeling, "capture_config", lambda *_: asked.append(1))
+    for variant, count in (("softmax", 0), ("softmax_captured", 1), ("student", 2)):
+        with generation._run_as(model, variant):
+            model.get_compiled_call(CompileConfig(backend="eager", mode=None))
+        assert len(asked) == count
 
 
 def test_running_out_of_memory_costs_one_row(model, monkeypatch):
