@@ -106,6 +106,7 @@ def run_tasks(
         leaf_tasks(name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_own_surroundings(model.device))
+        stack.enter_context(_without_cache(model))
         manager, splits = stock_tasks(), {}
         if task_data is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hf-linattn-tasks-"))
@@ -133,6 +134,19 @@ def run_tasks(
             lm, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=False
         )
     return TaskScores(_plain_metrics(output, tasks), splits)
+
+
+@contextlib.contextmanager
+def _without_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Within: a forward makes no cache unless asked to, as `generate` does. HFLM does not ask, and scores whole rows:
+    filling the rings of wide windows took a converted model longer than the rows."""
+    config = model.config.get_text_config()
+    was = config.use_cache
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = was
 
 
 def _remember_encodings(tokenizer: PreTrainedTokenizerBase, encodings: Encodings) -> None:

@@ -58,6 +58,17 @@ def test_encodings_of_one_model_serve_the_next(converted, task_data, scores, mon
         assert first.metrics[task] == pytest.approx(metrics, rel=1e-5), task
 
 
+def test_rows_are_scored_without_a_cache(converted, task_data):
+    """What a cache costs is in proportion to a converted model's windows, not to the rows."""
+    caches = []
+    hook = converted.model.base_model.register_forward_hook(lambda _, args, out: caches.append(out.past_key_values))
+    run_tasks(converted.model, converted.tokenizer, ["piqa", "wikitext"], task_data=task_data)
+    hook.remove()
+    assert caches
+    assert all(cache is None for cache in caches)
+    assert converted.model.config.use_cache
+
+
 def test_templates_of_lm_eval_are_its_own_afterwards(converted, task_data):
     run_tasks(converted.model, converted.tokenizer, ["piqa"], task_data=task_data)
     assert "from_string" not in vars(lm_eval.utils.env)
