@@ -38,7 +38,7 @@ class WindowPart(ctypes.Structure):
     """hf_linattn_window; all zero where there is none."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("size", "dim")),
+        *((name, ctypes.c_int32) for name in ("size", "dim", "first_query")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         *((name, _Tensor) for name in ("q", "k")),
         *((name, ctypes.c_void_p) for name in ("log_scale", "key_valid")),

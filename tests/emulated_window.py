@@ -29,6 +29,7 @@ class WindowCall(NamedTuple):
             `hf_linattn.kernels.window_linear_attention`.
         key_valid: bool `[B, T]`; False hides a key from every query but its own.
         initial_sums: those of the keys that left the window before the first token.
+        first_query: of the forward; so many tokens that each sequence begins with have no query.
         path: kernels to force.
     """
 
@@ -47,6 +48,7 @@ class WindowCall(NamedTuple):
     softcap: float = 0.0
     a: float = 0.0
     b: float = 1.0
+    first_query: int = 0
     path: str = "auto"
 
 
@@ -107,6 +109,7 @@ def _describe_call(call: WindowCall):
     problem.window = WindowPart(
         size=call.window,
         dim=call.q.shape[3],
+        first_query=call.first_query,
         scale=call.scale,
         softcap=call.softcap,
         q=describe_tensor(call.q),

@@ -352,10 +352,13 @@ std::tuple<Tensor, Tensor, TensorList> window_linear_attention_forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& phi_q, const Tensor& phi_k,
     const OptionalTensor& g, const OptionalTensor& log_scale, const TensorList& initial_state,
     const OptionalTensor& key_valid, const OptionalTensor& cu_seqlens, int64_t window, double scale, double softcap,
-    double a, double b, bool output_final_state, int64_t path) {
+    double a, double b, bool output_final_state, int64_t first_query, int64_t path) {
   const DeviceScope scope(q);
-  const hf_linattn_problem problem = describe_window_problem(
+  hf_linattn_problem problem = describe_window_problem(
       q, k, v, phi_q, phi_k, g, log_scale, initial_state, key_valid, cu_seqlens, window, scale, softcap, a, b, path);
+  require(first_query >= 0 && first_query <= problem.window.size,
+          "first_query: expected 0 to ", problem.window.size, ", the tokens of the window, got ", first_query);
+  problem.window.first_query = static_cast<int32_t>(first_query);
   const Tensor o = allocate(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, dtype_of(q));
   const Tensor lse = allocate_float(q, {q.size(0), q.size(2), q.size(1)});
   TensorList final_state;
@@ -679,7 +682,7 @@ STABLE_TORCH_LIBRARY(hf_linattn, m) {
   m.def(
       "window_linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor phi_q, Tensor phi_k, Tensor? g, "
       "Tensor? log_scale, Tensor[] initial_state, Tensor? key_valid, Tensor? cu_seqlens, int window, float scale, "
-      "float softcap, float a, float b, bool output_final_state, int path) -> "
+      "float softcap, float a, float b, bool output_final_state, int first_query, int path) -> "
       "(Tensor o, Tensor lse, Tensor[] final_state)");
   m.def(
       "window_linear_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor phi_q, Tensor phi_k, "

@@ -39,6 +39,8 @@ typedef struct {
 // e^{log_scale} (a + b phi_q.phi_k), the state of linear attention delayed by `size` tokens; one denominator (normalize).
 typedef struct {
   int32_t size, dim;          // w >= 1; D
+  int32_t first_query;        // forward: so many tokens that each sequence begins with have no query, at most `size`. What
+                              // would be written of them is not
   float scale, softcap;       // softcap 0: none
   hf_linattn_tensor q, k;     // [B,T,H,D], [B,T,H_kv,D]
   const float* log_scale;     // [H], or null for 0

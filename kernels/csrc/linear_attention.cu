@@ -169,6 +169,7 @@ int forward(const hf_linattn_problem& problem, const hf_linattn_tensor& o, float
   args.window_x = window_rows(problem, problem.window.q);
   args.window_y = window_rows(problem, problem.window.k);
   args.out = rows_of(o, problem.value_dim);
+  args.first_query = problem.window.first_query;
   args.den = den;
   args.first = problem.initial_state;
   if (final_state != nullptr) args.last = *final_state;

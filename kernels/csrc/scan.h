@@ -86,6 +86,7 @@ struct ScanArgs {
   float* carried_log_decay;  // natural log of the decay over the segment that wrote the entry
   // With a window; 0 without.
   int window;
+  int first_query;           // kOutput: rows of each sequence before that one are not wanted; at most `window`
   Rows window_x, window_y;   // of the softmax, in the place of x and y: q and k of kOutput, k and q of kValueGrad
   float softmax_scale, softcap;
   const float* log_scale;    // [H] or null

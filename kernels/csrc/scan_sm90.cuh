@@ -511,8 +511,9 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   using Layout = Layout90<Work, kTiles>;
   constexpr int kRowWarpgroups = Layout::kRowGroups, kConsumers = kRowWarpgroups + kTiles;
   const int tile = block % tiles, head = block / tiles % heads, slot = block / (tiles * heads);
-  const Segment segment = find_segment(args, slot);
+  Segment segment = find_segment(args, slot);
   if (!is_wanted<kKind, kReach>(segment)) return;
+  if constexpr (kKind == ScanKind::kOutput && kReach == Reach::kWindow) segment = wanted_rows(args, segment);
   const uint32_t base = ptx::smem_address(ptx::dynamic_smem());
   const int column0 = tile * kTiles * kTileColumns;
   if (threadIdx.x == 0) {

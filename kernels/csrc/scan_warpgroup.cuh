@@ -72,6 +72,14 @@ __device__ __forceinline__ Segment find_segment(const Args& args, int slot) {
   return segment;
 }
 
+// The rows of a segment that are wanted. Those before args.first_query see no source outside of their window, so that the
+// rest starts from the same state.
+__device__ __forceinline__ Segment wanted_rows(const ScanArgs& args, Segment segment) {
+  const int64_t start = args.cu_seqlens == nullptr ? 0 : sequence_bound(args, segment.sequence);
+  segment.begin = min(max(segment.begin, start + args.first_query), segment.end);
+  return segment;
+}
+
 // Which of the 64 tokens of a tile are there: begin .. end-1.
 struct TileTokens {
   int begin, end;

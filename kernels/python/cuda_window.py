@@ -62,10 +62,13 @@ def cuda_window_linear_attention(
         decay = decay.float()
     if log_scale is not None:
         log_scale = log_scale.float().contiguous()
-    options = (window, scale, softcap or 0.0, a, b, output_final_state, forced_cuda_path())
+    scalars = (window, scale, softcap or 0.0, a, b, output_final_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*rows, log_scale)):
-        o, *final = CudaWindowLinearAttention.apply(options, cu_seqlens, valid, decay, log_scale, *rows, *first)
+        o, *final = CudaWindowLinearAttention.apply(scalars, cu_seqlens, valid, decay, log_scale, *rows, *first)
     else:
+        # The backward would read what is left out here.
+        first_query = 0 if restore is None else window
+        options = (*scalars, first_query, forced_cuda_path())
         o, _, final = _window_forward(*rows, decay, log_scale, first, valid, cu_seqlens, *options)
     if restore is not None:
         o = restore(o)
@@ -80,7 +83,8 @@ class CudaWindowLinearAttention(torch.autograd.Function):
     """(o, *present sums of the final state); see `CudaLinearAttention` for why it is written like this."""
 
     @staticmethod
-    def forward(ctx, options, cu_seqlens, key_valid, g, log_scale, q, k, v, phi_q, phi_k, *first):
+    def forward(ctx, scalars, cu_seqlens, key_valid, g, log_scale, q, k, v, phi_q, phi_k, *first):
+        options = (*scalars, 0, forced_cuda_path())
         o, lse, final = _window_forward(q, k, v, phi_q, phi_k, g, log_scale, first, key_valid, cu_seqlens, *options)
         ctx.save_for_backward(cu_seqlens, key_valid, g, log_scale, q, k, v, phi_q, phi_k, o, lse, *first)
         ctx.options = options
@@ -94,7 +98,7 @@ class CudaWindowLinearAttention(torch.autograd.Function):
     @where_grad_is_on(torch.autograd.function.once_differentiable)
     def backward(ctx, d_o, *_):
         cu_seqlens, key_valid, g, log_scale, q, k, v, phi_q, phi_k, o, lse, *first = ctx.saved_tensors
-        window, scale, softcap, a, b, _, path = ctx.options
+        window, scale, softcap, a, b, *_, path = ctx.options
         *d_rows, d_log_scale = _window_backward(
             torch.zeros_like(o) if d_o is None else unit_stride(d_o),
             q,
@@ -123,7 +127,7 @@ class CudaWindowLinearAttention(torch.autograd.Function):
 
 
 def _fake_window_forward(q, k, v, phi_q, phi_k, *rest):
-    _, _, _, _, cu_seqlens, _, _, _, a, _, output_final_state, _ = rest
+    _, _, _, _, cu_seqlens, _, _, _, a, _, output_final_state, _, _ = rest
     batch, tokens, heads, _ = q.shape
     o = q.new_empty(batch, tokens, heads, v.shape[3])
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)

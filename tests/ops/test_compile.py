@@ -164,7 +164,7 @@ def window_op_arguments(case: OpCase, inputs: dict) -> tuple:
     first = [inputs[f"state.{member}"] for member in ("kv", "key_sum") if case.state]
     valid = torch.rand(rows[0].shape[:2], device=rows[0].device) < 0.9 if case.state else None
     constants = (inputs.get("g"), inputs.get("log_scale"), first, valid, inputs.get("cu_seqlens"))
-    return (*rows, *constants, case.window, case.scale, case.softcap or 0.0, case.a, case.b, True, 0)
+    return (*rows, *constants, case.window, case.scale, case.softcap or 0.0, case.a, case.b, True, 0, 0)
 
 
 @pairs((COMPILED_WINDOW, targets("cuda-cuda")))
@@ -174,7 +174,7 @@ def test_window_ops_keep_the_rules_of_torch_library(case, target):
     ops = torch.ops.hf_linattn
     torch.library.opcheck(ops.window_linear_attention_forward.default, arguments)
     o, lse, _ = ops.window_linear_attention_forward.default(*arguments)
-    *scalars, _, path = arguments[10:]
+    *scalars, _, _, path = arguments[10:]
     arguments = (torch.rand_like(o), *arguments[:5], o, lse, *arguments[5:10], *scalars, case.log_scale, path)
     torch.library.opcheck(ops.window_linear_attention_backward.default, arguments)
 

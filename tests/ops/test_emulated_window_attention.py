@@ -1,68 +1,24 @@
 """The CUDA kernels of the window op on a CPU, emulated, against the float64 matrix of weights over all pairs."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 
 import pytest
 import torch
 from emulated_build import unavailable_reason
 from emulated_window import WindowCall, window_backward, window_forward, window_path
+from emulated_window_cases import BF16, FP16, FP32, KINDS, WindowCase, make_call, packed
 from numerics import TOLERANCES, assert_close, rms
 from op_quadratic import quadratic_window_rows
 from torch import Tensor
 
 from hf_linattn.kernels import LinearAttentionState
-from hf_linattn.kernels.state import linear_state_shapes
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-KINDS = [("sm90", BF16), ("sm80", BF16), ("sm80", FP16), ("sm80", FP32)]
 WINDOWS = (1, 16, 63, 64, 65, 128, 200)
 LENGTHS = (1, 15, 63, 64, 65, 130, 500, 1100)  # the last is beyond kShortestSegment of linear_attention.cu
 LSE_ERRORS = {BF16: 2e-2, FP16: 2e-3, FP32: 2e-4}
-NAN_TAIL = 9
-
-
-@dataclass(frozen=True)
-class WindowCase:
-    """One call. `hidden` keys are not valid; `strided` inputs lie heads first inside NaN."""
-
-    T: int = 130
-    window: int = 64
-    path: str = "sm80"
-    dtype: torch.dtype = FP32
-    B: int = 1
-    H: int = 2
-    H_kv: int = 1
-    D: int = 64
-    K: int = 64
-    V: int = 64
-    decay: str | None = None
-    a: float = 0.0
-    softcap: float = 0.0
-    log_scale: bool = True
-    hidden: bool = False
-    sums: bool = False
-    strided: bool = False
-    lengths: tuple[int, ...] | None = None
-    capability: int = 90
-    processors: int = 4
-    seed: int = 0
-
-    def __str__(self) -> str:
-        size = f"B{self.B}-T{self.T}" if self.lengths is None else "packed" + "_".join(map(str, self.lengths))
-        dims = f"D{self.D}-K{self.K}-V{self.V}-H{self.H}kv{self.H_kv}"
-        parts = [self.path, str(self.dtype)[6:], size, f"w{self.window}", dims, self.decay or "nodecay"]
-        parts += [f"a{self.a:g}"] if self.a else []
-        parts += [f"cap{self.softcap:g}"] if self.softcap else []
-        parts += [name for name in ("log_scale", "hidden", "sums", "strided") if getattr(self, name)]
-        parts += [] if self.capability == 90 else [f"sm{self.capability}"]
-        return "-".join(parts + ([f"seed{self.seed}"] if self.seed else []))
-
-
-def packed(*lengths: int, **fields) -> WindowCase:
-    return WindowCase(T=sum(lengths), lengths=lengths, **fields)
 
 
 def mixed_cases() -> list[WindowCase]:
@@ -173,62 +129,6 @@ def random_case(seed: int) -> WindowCase:
         processors=rng.choice([4, 132]),
         seed=rng.randint(0, 3),
     )
-
-
-def make_call(case: WindowCase) -> tuple[WindowCall, Tensor]:
-    """Inputs whose values are exact in the case's dtype, and a gradient of o; NaN behind the last sequence."""
-    generator = torch.Generator().manual_seed(case.seed)
-    used = case.T
-    tokens = used + (NAN_TAIL if case.lengths is not None else 0)
-
-    def rows(draw, heads: int, dim: int) -> Tensor:
-        x = draw((case.B, used, heads, dim), generator=generator, dtype=torch.float64).to(case.dtype)
-        return torch.cat([x, x.new_full((case.B, tokens - used, heads, dim), float("nan"))], 1)
-
-    q, k = rows(torch.randn, case.H, case.D), rows(torch.randn, case.H_kv, case.D)
-    phi_q, phi_k = rows(torch.rand, case.H, case.K), rows(torch.rand, case.H_kv, case.K)
-    v, d_o = rows(torch.randn, case.H_kv, case.V), rows(torch.randn, case.H, case.V)
-    g = None
-    if case.decay == "scalar":
-        g = -0.2 * rows(torch.rand, case.H_kv, 1)[..., 0].float()
-    if case.decay == "fixed":
-        g = (-0.2 * torch.rand(case.H_kv, generator=generator)).expand(case.B, tokens, case.H_kv)
-    key_valid = None
-    if case.hidden:
-        # What stands for hidden keys is zero, as prepend_ring leaves it.
-        key_valid = torch.rand(case.B, tokens, generator=generator) < 0.7
-        v, phi_k = (x.masked_fill(~key_valid[..., None, None], 0) for x in (v, phi_k))
-    cu_seqlens, count = None, case.B
-    if case.lengths is not None:
-        cu_seqlens, count = torch.tensor([0, *case.lengths]).cumsum(0), len(case.lengths)
-        cu_seqlens = cu_seqlens if case.seed % 2 else cu_seqlens.int()
-    sums = None
-    if case.sums:
-        shapes = linear_state_shapes(count, case.H_kv, case.K, case.V, a=case.a, normalize=True)
-        sums = LinearAttentionState(*(x if x is None else 10 * torch.rand(x, generator=generator) for x in shapes))
-    arrange = inside_nan if case.strided else (lambda x: x)
-    q, k, v, phi_q, phi_k, d_o = map(arrange, (q, k, v, phi_q, phi_k, d_o))
-    call = WindowCall(
-        *(q, k, v, phi_q, phi_k, g),
-        log_scale=torch.randn(case.H, generator=generator) if case.log_scale else None,
-        key_valid=key_valid,
-        initial_sums=sums,
-        cu_seqlens=cu_seqlens,
-        window=case.window,
-        scale=case.D**-0.5,
-        softcap=case.softcap,
-        a=case.a,
-        b=0.7,
-        path=case.path,
-    )
-    return call, d_o
-
-
-def inside_nan(x: Tensor) -> Tensor:
-    """x as a view of heads-first memory with NaN on all sides."""
-    batch, tokens, heads, dim = x.shape
-    buffer = x.new_full((batch + 2, heads + 2, tokens + 6, dim + 16), float("nan"))
-    return buffer[1:-1, 1:-1, 3:-3, 8:-8].transpose(1, 2).copy_(x)
 
 
 def run_call(call: WindowCall, d_o: Tensor) -> dict[str, Tensor]:
@@ -370,6 +270,43 @@ def test_packed_rows_are_those_of_single_sequences(case):
             if name not in ("lse", "dlog_scale"):
                 assert_close(name, same, x.double(), case.dtype, factor=2, backend="cuda")
         start += length
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(
+            WindowCase(B=2, T=t, window=w, path=p, dtype=d, decay="scalar", sums=True, hidden=True)
+            for (p, d), (t, w) in zip(
+                KINDS * 2,
+                zip((130, 65, 500, 63, 200, 264, 1100, 130), (1, 65, 64, 16, 200, 200, 128, 63), strict=True),
+                strict=True,
+            )
+        ),
+        # Of whose segments the first has no query, and the second some; and sequences of nothing but a ring.
+        *(WindowCase(T=3000, window=1500, path=p, dtype=d, processors=8) for p, d in KINDS[:2]),
+        *(packed(65, 66, 300, 65, path=p, dtype=d, window=65, sums=True, decay="scalar") for p, d in KINDS),
+        *(packed(64, 1100, path=p, dtype=d, window=64, sums=True) for p, d in KINDS[:2]),
+    ],
+    ids=str,
+)
+def test_rows_without_a_query_are_left_out(case):
+    call, _ = make_call(case)
+    o, lse, final = window_forward(call, output_final_state=True)
+    other_o, other_lse, other_final = window_forward(call._replace(first_query=case.window), output_final_state=True)
+    offset = torch.cat([torch.arange(length) for length in case.lengths or (case.T,)])
+    left_out = torch.zeros(call.q.shape[1], dtype=torch.bool)
+    left_out[: len(offset)] = offset < case.window
+    assert other_o[:, left_out].isnan().all()
+    assert other_lse[..., : len(offset)][..., offset < case.window].isnan().all()
+    rest = offset >= case.window
+    lse, other_lse = (x[..., : len(offset)][..., rest] for x in (lse, other_lse))
+    torch.testing.assert_close(other_lse, lse, rtol=0, atol=LSE_ERRORS[case.dtype])
+    pairs = {"o": (other_o[:, ~left_out], o[:, ~left_out])}
+    pairs |= {f"final.{n}": (x, getattr(final, n)) for n, x in other_final._asdict().items() if x is not None}
+    for name, (found, expected) in pairs.items():
+        assert_close(name, found, expected.double(), case.dtype, factor=2, backend="cuda")
 
 
 @pytest.mark.parametrize(("path", "dtype"), KINDS, ids=str)
