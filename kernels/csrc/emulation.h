@@ -147,12 +147,6 @@ struct Signal {  // an arrival at an mbarrier, or a store that an mbarrier count
   float value;
 };
 
-struct RemoteStore {  // an ordinary store to a block of the cluster
-  int rank;
-  uint32_t smem;
-  float value;
-};
-
 struct MBarrier {
   int64_t count, pending, bytes;
   uint32_t phase;
@@ -197,7 +191,6 @@ struct Thread {
   uint32_t detail[2] = {};          // address and parity, or id and count
   std::vector<std::vector<Copy>> copy_groups;
   std::vector<Copy> copies;
-  std::vector<RemoteStore> remote_stores;
   bool wgmma_fenced = false;
   bool at_cluster = false;  // has arrived at the cluster's barrier, in this phase of it, and not waited
   uint32_t cluster_phase = 0;
@@ -391,18 +384,9 @@ class Engine {
       (signal.stores ? stores_ : arrivals_).push(signal);
   }
 
-  void start(const RemoteStore& store) {
-    if (by_chance())
-      finish(store);
-    else
-      self().remote_stores.push_back(store);
-  }
-
   void arrive_cluster() {
     Thread& t = self();
     if (t.at_cluster) fail("cluster_arrive: twice without cluster_wait");
-    for (const RemoteStore& store : t.remote_stores) finish(store);
-    t.remote_stores.clear();
     t.at_cluster = true;
     t.cluster_phase = cluster_phase_;
     publish(*block_);
@@ -461,9 +445,6 @@ class Engine {
   static void on_fault(int signal, siginfo_t* info, void*);
   void finish(const TensorCopy& copy);
   void finish(const Signal& signal);
-  void finish(const RemoteStore& store) {
-    memcpy(running(store.rank, "store_remote").smem + (store.smem - kWindow), &store.value, sizeof store.value);
-  }
 
   [[gnu::noinline]] void wait(const char* what, uint32_t x, uint32_t y) {
     Thread& t = self();
@@ -644,7 +625,6 @@ inline void Engine::thread_main() {
   engine.body_();
   Thread& t = engine.self();
   if (!t.copies.empty() || !t.copy_groups.empty()) engine.fail("a thread ends before its cp.async are waited for");
-  if (!t.remote_stores.empty()) engine.fail("a thread ends before the cluster's barrier for what it stored in a block");
   Warp& w = engine.warp();
   if (!w.wgmmas.empty() || !w.wgmma_groups.empty()) engine.fail("a warp ends before its wgmma are waited for");
   t.done = true;
@@ -1096,12 +1076,6 @@ inline void st_async(uint32_t remote_address, float value, uint32_t remote_bar) 
     engine.fail("st_async: the address and the mbarrier are in different blocks");
   engine.mbarrier(rank, remote_bar, "st_async");
   engine.start({rank, true, rank != engine.rank(), remote_bar, remote_address, value});
-}
-
-inline void store_remote(uint32_t remote_address, float value) {
-  Engine& engine = Engine::get();
-  const int rank = engine.find_block(remote_address, 4, 4, "store_remote").rank;
-  engine.start(emulation::RemoteStore{rank, remote_address, value});
 }
 
 inline void prefetch_tensor_map(const CUtensorMap*) {}

@@ -219,9 +219,7 @@ extern "C" int hf_linattn_hedgehog_step(const hf_linattn_hedgehog_step_problem* 
   using namespace hf_linattn;
   const hf_linattn_hedgehog_step_problem& p = *problem;
   if (p.batch == 0) return 0;
-  if (p.dtype < HF_LINATTN_BF16 || p.dtype > HF_LINATTN_FP32)
-    return set_error("hedgehog_step: dtype %d is none of bfloat16, float16, float32", p.dtype);
-  const auto is_dim = [](int dim) { return dim >= 1 && dim <= kMaxDim; };
+  if (int error = check_dtype("hedgehog_step", p.dtype)) return error;
   if (!is_dim(p.head_dim) || !is_dim(p.columns) || p.hidden_dim < 0 || p.hidden_dim > kMaxDim || p.sinks < 0)
     return set_error("hedgehog_step: D, columns and hidden columns must be 1 to %d, got %d, %d and %d with %d sinks",
                      kMaxDim, p.head_dim, p.columns, p.hidden_dim, p.sinks);

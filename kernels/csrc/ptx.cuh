@@ -186,11 +186,6 @@ __device__ __forceinline__ void st_async(uint32_t remote_address, float value, u
                : "memory");
 }
 
-// Other blocks see the value behind the next barrier of the cluster.
-__device__ __forceinline__ void store_remote(uint32_t remote_address, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote_address), "f"(value) : "memory");
-}
-
 // Until the phase of this parity is over; a fresh barrier is in phase 0, so that parity 1 passes at once.
 __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
   uint32_t done;

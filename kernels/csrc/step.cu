@@ -178,11 +178,10 @@ StepLaunch choose_kernel(const hf_linattn_step_problem& p, const StepShape& shap
 }
 
 int check_step(const hf_linattn_step_problem& p) {
-  if (p.dtype < HF_LINATTN_BF16 || p.dtype > HF_LINATTN_FP32)
-    return set_error("linear_attention_step: dtype %d is none of bfloat16, float16, float32", p.dtype);
+  if (int error = check_dtype("linear_attention_step", p.dtype)) return error;
   if (p.feature_map < HF_LINATTN_MAP_NONE || p.feature_map > HF_LINATTN_MAP_L2)
     return set_error("linear_attention_step: feature map %d is unknown", p.feature_map);
-  if (p.feature_dim < 1 || p.feature_dim > kMaxDim || p.value_dim < 1 || p.value_dim > kMaxDim)
+  if (!is_dim(p.feature_dim) || !is_dim(p.value_dim))
     return set_error("linear_attention_step: K and V must be 1 to %d, got %d and %d", kMaxDim, p.feature_dim,
                      p.value_dim);
   if (p.num_kv_heads < 1 || p.num_heads < 1 || p.num_heads % p.num_kv_heads != 0)

@@ -217,6 +217,13 @@ auto with_heads(int group, Choose choose) {
   return choose(std::integral_constant<int, kMaxHeads>());
 }
 
+inline bool is_dim(int dim) { return dim >= 1 && dim <= kMaxDim; }
+
+inline int check_dtype(const char* op, int dtype) {
+  if (dtype >= HF_LINATTN_BF16 && dtype <= HF_LINATTN_FP32) return 0;
+  return set_error("%s: dtype %d is none of bfloat16, float16, float32", op, dtype);
+}
+
 // Whether this device has clusters and this library was built to use them; kernel: any that does.
 template <class... P>
 bool has_clusters(void (*kernel)(P...)) {

@@ -716,9 +716,7 @@ int run_window_step(const hf_linattn_window_step_problem& p, cudaStream_t stream
 }
 
 int check_window_step(const hf_linattn_window_step_problem& p) {
-  if (p.dtype < HF_LINATTN_BF16 || p.dtype > HF_LINATTN_FP32)
-    return set_error("window_linear_attention_step: dtype %d is none of bfloat16, float16, float32", p.dtype);
-  const auto is_dim = [](int dim) { return dim >= 1 && dim <= kMaxDim; };
+  if (int error = check_dtype("window_linear_attention_step", p.dtype)) return error;
   if (!is_dim(p.window_dim) || !is_dim(p.feature_dim) || !is_dim(p.value_dim))
     return set_error("window_linear_attention_step: D, K and V must be 1 to %d, got %d, %d and %d", kMaxDim,
                      p.window_dim, p.feature_dim, p.value_dim);

@@ -75,23 +75,6 @@ __global__ void exchange_kernel(const float* in, float* out, int ranks, int faul
   for (int i = 0; i < kStages; ++i) ptx::mbarrier_wait_cluster(empty + i * 8, (kRounds - 1 - i) / kStages % 2);
 }
 
-// out [blocks, threads] = sum over ranks of (rank + 1) in [clusters, ranks, threads]: every block stores its values in
-// all blocks, which read them behind the cluster's barrier.
-__global__ void store_kernel(const float* in, float* out, int ranks, int fault) {
-  const int rank = static_cast<int>(ptx::cluster_rank()), thread = threadIdx.x, block = blockIdx.x;
-  const float* slots = reinterpret_cast<const float*>(ptx::dynamic_smem());
-  const uint32_t slot = ptx::smem_address(slots + rank * kThreads + thread);
-  cluster_barrier();
-  for (int to = 0; to < ranks; ++to)
-    ptx::store_remote(fault == kLocalTarget ? slot : ptx::map_shared_rank(slot, to), in[block * kThreads + thread]);
-  if (fault == kEndsFirst) return;
-  if (fault != kNoWait) cluster_barrier();
-  float sum = 0;
-  for (int from = 0; from < ranks; ++from) sum += (from + 1) * slots[from * kThreads + thread];
-  out[block * kThreads + thread] = sum;
-  if (fault == kNoWait) cluster_barrier();
-}
-
 // out [blocks, ranks, 64, 64]: each block loads the tile [64, 64] of its rank for all blocks.
 __global__ void multicast_kernel(const __grid_constant__ CUtensorMap map, float* out, int ranks, int mask, int fault) {
   constexpr int kTileBytes = kRow * kRow * 2;
@@ -158,11 +141,6 @@ int probe_exchange(const float* in, float* out, int ranks, int fault) {
   return launch_clusters(exchange_kernel, dim3(2 * ranks), ranks, kThreads, bytes, nullptr, in, out, ranks, fault);
 }
 
-int probe_store(const float* in, float* out, int ranks, int fault) {
-  return launch_clusters(store_kernel, dim3(2 * ranks), ranks, kThreads, ranks * kThreads * 4, nullptr, in, out, ranks,
-                         fault);
-}
-
 int probe_multicast(const void* in, float* out, int ranks, int mask, int fault) {
   CUtensorMap map;
   if (make_tensor_map(&map, HF_LINATTN_BF16, in, kRow, 1, ranks * kRow, 1, kRow, kRow, kRow, kRow, kRow)) return 1;
@@ -197,19 +175,11 @@ def any_order(request, monkeypatch):
 
 
 def run_exchange(clusters, ranks: int, fault: str = "kNone"):
-    """As the next three: the error (empty without one), the result, and what it should be."""
+    """As the next two: the error (empty without one), the result, and what it should be."""
     x = whole_numbers(2, 5, ranks, 128, dtype=torch.float32, seed=0)
     out = torch.full((2, ranks, 128), float("nan"))
     code = clusters.probe_exchange(at(x), at(out), ranks, CLUSTER_FAULTS.index(fault))
     expected = (torch.arange(1.0, ranks + 1)[:, None] * x).sum((1, 2))[:, None].expand_as(out)
-    return clusters.hf_linattn_last_error().decode() if code else "", out, expected
-
-
-def run_store(clusters, ranks: int, fault: str = "kNone"):
-    x = whole_numbers(2, ranks, 128, dtype=torch.float32, seed=0)
-    out = torch.full((2, ranks, 128), float("nan"))
-    code = clusters.probe_store(at(x), at(out), ranks, CLUSTER_FAULTS.index(fault))
-    expected = (torch.arange(1.0, ranks + 1)[:, None] * x).sum(1)[:, None].expand_as(out)
     return clusters.hf_linattn_last_error().decode() if code else "", out, expected
 
 
@@ -233,7 +203,6 @@ def run_sent_operand(clusters, columns: int, fault: str = "kNone"):
     ("run", "size"),
     [
         *((run_exchange, ranks) for ranks in (1, 2, 4, 8)),
-        *((run_store, ranks) for ranks in (1, 2, 4, 8)),
         *((run_multicast, ranks) for ranks in (2, 4)),
         *((run_sent_operand, columns) for columns in (24, 48, 96)),
     ],
@@ -250,7 +219,7 @@ def test_sent_operand_needs_a_fence(clusters):
 
 
 @pytest.mark.usefixtures("any_order")
-@pytest.mark.parametrize("run", [run_exchange, run_store, run_multicast])
+@pytest.mark.parametrize("run", [run_exchange, run_multicast])
 def test_missing_wait_for_other_blocks(clusters, run):
     error, out, expected = run(clusters, 2, fault="kNoWait")
     assert error or not torch.equal(out, expected)
@@ -278,18 +247,6 @@ def test_missing_wait_for_other_blocks(clusters, run):
 )
 def test_broken_clusters_are_named(clusters, fault, message):
     error, _, _ = run_exchange(clusters, 2, fault=fault)
-    assert re.search(message, error), error
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("kEndsFirst", r"a thread ends before the cluster's barrier for what it stored in a block"),
-        ("kLocalTarget", r"store_remote: shared address 0x[0-9a-f]+ is none that map_shared_rank gave"),
-    ],
-)
-def test_broken_stores_to_blocks_are_named(clusters, fault, message):
-    error, _, _ = run_store(clusters, 2, fault=fault)
     assert re.search(message, error), error
 
 
