@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import Cache, CompileConfig
 
 logger = logging.getLogger(__name__)
@@ -47,18 +47,21 @@ class CapturedStep:
     def __init__(self, forward: Callable):
         self.forward = forward
         self._captures = True
-        self._kinds: tuple | None = None
-        self._inputs: dict = {}
+        self._kinds: list | None = None
+        self._static: list = []
         self._output = None
         self._replay: Callable[[], None] | None = None
 
     def __call__(self, **inputs):
-        if self._kinds == _kinds(inputs):
+        leaves, structure = tree_flatten(inputs, is_leaf=lambda x: isinstance(x, Cache))
+        kinds = [structure, *map(_kind, leaves)]
+        if kinds == self._kinds:
             if self._replay is None:
-                self._capture(inputs)
+                self._capture(leaves, structure)
             if self._replay is not None:
-                for static, new in zip(_tensors(self._inputs), _tensors(inputs), strict=True):
-                    static.copy_(new)
+                for static, new in zip(self._static, leaves, strict=True):
+                    if isinstance(new, Tensor):
+                        static.copy_(new)
                 self._replay()
                 return self._output
         before = _cache_layout(inputs["past_key_values"])
@@ -66,15 +69,17 @@ class CapturedStep:
         self._kinds, self._replay = None, None
         # Other outputs, e.g. hidden states, are kept by `generate` without a copy. Pieces of a prompt are no steps.
         outputs = {name for name, value in output.items() if value is not None}
-        is_step = outputs <= {"logits", "past_key_values"} and inputs["input_ids"].shape[1] == 1
+        ids = inputs.get("input_ids")
+        is_step = outputs <= {"logits", "past_key_values"} and ids is not None and ids.shape[1] == 1
         if self._captures and is_step and before == _cache_layout(inputs["past_key_values"]):
-            self._kinds = _kinds(inputs)
+            self._kinds = kinds
         return output
 
-    def _capture(self, inputs: dict) -> None:
-        self._inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs, is_leaf=_is_cache)
+    def _capture(self, leaves: list, structure: TreeSpec) -> None:
+        self._static = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        inputs = tree_unflatten(self._static, structure)
         try:
-            self._replay, self._output = capture(lambda: self.forward(**self._inputs))
+            self._replay, self._output = capture(lambda: self.forward(**inputs))
         except RuntimeError as error:
             logger.warning(
                 "generate: the decode step runs without a CUDA graph, as it could not be captured: %s", error
@@ -99,19 +104,9 @@ def _has_foreign_hooks(model: nn.Module) -> bool:
     )
 
 
-def _is_cache(value) -> bool:
-    return isinstance(value, Cache)
-
-
-def _tensors(inputs: dict) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(inputs, is_leaf=_is_cache)[0] if isinstance(leaf, Tensor)]
-
-
-def _kinds(inputs: dict) -> tuple:
-    """Equal for inputs that one graph can serve: shapes, dtypes and strides of tensors, identity of all others."""
-    leaves, structure = tree_flatten(inputs, is_leaf=_is_cache)
-    kinds = [(x.shape, x.dtype, x.stride(), x.device) if isinstance(x, Tensor) else _plain(x) for x in leaves]
-    return (structure, *kinds)
+def _kind(value) -> tuple | object:
+    """Equal for values that one graph can serve: shape, dtype and strides of a tensor, identity of anything else."""
+    return (value.shape, value.dtype, value.stride(), value.device) if isinstance(value, Tensor) else _plain(value)
 
 
 def _cache_layout(cache: Cache) -> list:
