@@ -90,7 +90,8 @@ class CapturedStep:
 def capture(function: Callable) -> tuple[Callable[[], None], object]:
     """`(replay, result)`: a CUDA graph of `function`, which is not run, and what it returned, filled by a replay."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads of a server may allocate meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result
 
