@@ -1,8 +1,8 @@
 """The decode step of `generate`, captured in a CUDA graph once a call and replayed for every further token.
 
-`generate` compiles the decode step of a static cache with mode "reduce-overhead", whose own CUDA graphs cost the host
-about a millisecond a step: TorchDynamo's guards, and the address of every parameter and state. Nothing of that can
-change between two steps of one call, so it is looked at once: as the graph is captured.
+`generate` compiles the decode step of a static cache with mode "reduce-overhead". Before each step TorchDynamo then
+looks at its guards, and PyTorch's own CUDA graphs at the address of every parameter and state. Nothing of that can
+change between two steps of one call: it is looked at once, as the graph is captured.
 """
 
 import dataclasses

@@ -62,13 +62,13 @@ def cuda_window_linear_attention(
         decay = decay.float()
     if log_scale is not None:
         log_scale = log_scale.float().contiguous()
-    scalars = (window, scale, softcap or 0.0, a, b, output_final_state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*rows, log_scale)):
-        o, *final = CudaWindowLinearAttention.apply(scalars, cu_seqlens, valid, decay, log_scale, *rows, *first)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*rows, log_scale))
+    # The backward reads what is left out without it.
+    first_query = 0 if restore is None or needs_grad else window
+    options = (window, scale, softcap or 0.0, a, b, output_final_state, first_query, forced_cuda_path())
+    if needs_grad:
+        o, *final = CudaWindowLinearAttention.apply(options, cu_seqlens, valid, decay, log_scale, *rows, *first)
     else:
-        # The backward would read what is left out here.
-        first_query = 0 if restore is None else window
-        options = (*scalars, first_query, forced_cuda_path())
         o, _, final = _window_forward(*rows, decay, log_scale, first, valid, cu_seqlens, *options)
     if restore is not None:
         o = restore(o)
@@ -83,8 +83,7 @@ class CudaWindowLinearAttention(torch.autograd.Function):
     """(o, *present sums of the final state); see `CudaLinearAttention` for why it is written like this."""
 
     @staticmethod
-    def forward(ctx, scalars, cu_seqlens, key_valid, g, log_scale, q, k, v, phi_q, phi_k, *first):
-        options = (*scalars, 0, forced_cuda_path())
+    def forward(ctx, options, cu_seqlens, key_valid, g, log_scale, q, k, v, phi_q, phi_k, *first):
         o, lse, final = _window_forward(q, k, v, phi_q, phi_k, g, log_scale, first, key_valid, cu_seqlens, *options)
         ctx.save_for_backward(cu_seqlens, key_valid, g, log_scale, q, k, v, phi_q, phi_k, o, lse, *first)
         ctx.options = options
