@@ -16,7 +16,7 @@ RESULTS = ROOT / "evals" / "results"
 # Rows of the table of the kernels, in this order; the others stay in the file.
 KERNEL_IMPLS = ("ours", "ours-window", "fla", "fla-unnormalized", "mlstm", "sdpa-flash", "sdpa-cudnn")
 # Folders whose files are not of one conversion.
-OTHER_RESULTS = ("kernels", "ablations", "generation", "larger-models")
+OTHER_RESULTS = ("kernels", "ablations", "generation", "larger-models", "whole-conversion")
 VARIANTS = ("teacher", "student", "window_only")
 NONE_YET = "No result is committed yet. `hf-linattn convert` writes the same figures for your own model.\n"
 
