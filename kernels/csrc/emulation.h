@@ -1058,6 +1058,7 @@ inline float exp2(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.f : y;
 }
+inline float reciprocal(float x) { return 1.f / x; }
 inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(Engine::get().rank()); }
 inline uint32_t map_shared_rank(uint32_t address, uint32_t rank) { return Engine::get().map_rank(address, rank); }
@@ -1188,6 +1189,8 @@ void wgmma_wait() {
 }
 
 inline void cluster_arrive() { Engine::get().arrive_cluster(); }
+inline void launch_dependents() {}  // one kernel at a time
+inline void wait_for_previous() {}
 inline void cluster_wait() { Engine::get().wait_cluster(); }
 
 template <int kRegisters>

@@ -44,6 +44,10 @@ struct SwizzledTile {
   static __device__ __forceinline__ uint32_t shift(uint32_t address, int col) {
     return (address ^ (col % 64 * 2)) + col / 64 * (kTileRows * 128);
   }
+  // The address `rows` rows on, for numbers that carry into no bit of the row already there.
+  static __device__ __forceinline__ uint32_t below(uint32_t address, int rows) {
+    return (address ^ offset(rows, 0) % kRowBytes) + rows * kRowBytes;
+  }
 };
 
 struct Bf16Mma {

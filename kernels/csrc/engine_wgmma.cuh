@@ -15,19 +15,22 @@ struct Bf16Wgmma : Bf16Mma {
   static constexpr bool kIsAsync = true;
   static constexpr bool kZeroFilled = false;  // the copy engine also brings rows of the next sequence
 
-  // Descriptors count in units of 16 bytes: a place within a tile is a constant to add.
+  // Descriptors count in units of 16 bytes: a place within a tile is a constant to add, to a field that it does not leave.
   using Operand = uint64_t;
   static __device__ __forceinline__ Operand operand(uint32_t tile) { return ptx::wgmma_descriptor(tile); }
+  static __device__ __forceinline__ Operand advanced(Operand tile, uint32_t bytes) {
+    return (tile & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(tile) + bytes / 16);
+  }
 
   template <int kN, class Layout>
   static __device__ __forceinline__ void gemm_kn(float (&acc)[kN / 2], const FragmentA& a, Operand tile, int k0,
                                                  bool accumulate) {
-    ptx::wgmma_rs<Element, kN, true>(acc, a.r, tile + k0 * 128 / 16, accumulate);
+    ptx::wgmma_rs<Element, kN, true>(acc, a.r, advanced(tile, k0 * 128), accumulate);
   }
   template <int kN, class Layout>
   static __device__ __forceinline__ void gemm_nk(float (&acc)[kN / 2], const FragmentA& a, Operand tile, int k0,
                                                  bool accumulate) {
-    ptx::wgmma_rs<Element, kN, false>(acc, a.r, tile + (k0 / 64 * (kN * 128) + k0 % 64 * 2) / 16, accumulate);
+    ptx::wgmma_rs<Element, kN, false>(acc, a.r, advanced(tile, k0 / 64 * (kN * 128) + k0 % 64 * 2), accumulate);
   }
   template <int kN, class Layout>
   static __device__ __forceinline__ void store(uint32_t tile, int row0, int n0, const float (&acc)[kN / 2],

@@ -74,6 +74,12 @@ int launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, s
   return problem == nullptr ? 0 : set_error("%s", problem);
 }
 
+template <class... P, class... A>
+int launch_early(void (*kernel)(P...), dim3 grid, int cluster, int threads, size_t smem_bytes, cudaStream_t stream,
+                 A&&... arguments) {
+  return launch_clusters(kernel, grid, cluster, threads, smem_bytes, stream, std::forward<A>(arguments)...);
+}
+
 inline int multiprocessor_count() { return emulation::setting("HF_LINATTN_EMULATED_SMS", 4); }
 inline int compute_capability() { return emulation::setting("HF_LINATTN_EMULATED_CAPABILITY", 90); }
 inline int smem_limit() { return static_cast<int>(emulation::smem_limit(compute_capability())); }
@@ -125,30 +131,6 @@ inline int raise_smem_limit(const void* kernel, size_t smem_bytes) {
   return 0;
 }
 
-// As launch(), with blocks that are neighbours in x in clusters of this size (sm_90).
-template <class... P, class... A>
-int launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, size_t smem_bytes, cudaStream_t stream,
-                    A&&... arguments) {
-  if (int error = raise_smem_limit(reinterpret_cast<const void*>(kernel), smem_bytes)) return error;
-  cudaLaunchAttribute shape = {};
-  shape.id = cudaLaunchAttributeClusterDimension;
-  shape.val.clusterDim.x = static_cast<unsigned>(cluster);
-  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = smem_bytes;
-  config.stream = stream;
-  config.attrs = &shape;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...);
-  if (error == cudaSuccess) return 0;
-  cudaGetLastError();
-  set_error("launch of %u x %u x %u blocks (clusters of %d) of %d threads, %zu bytes of shared memory: %s", grid.x,
-            grid.y, grid.z, cluster, threads, smem_bytes, cudaGetErrorString(error));
-  return static_cast<int>(error);
-}
-
 // Attribute of the current device, asked once per device; negative (with the error recorded) without one.
 template <cudaDeviceAttr kAttribute>
 int device_attribute() {
@@ -169,6 +151,54 @@ inline int compute_capability() {
   const int major = device_attribute<cudaDevAttrComputeCapabilityMajor>();
   const int minor = device_attribute<cudaDevAttrComputeCapabilityMinor>();
   return major < 0 || minor < 0 ? -1 : 10 * major + minor;
+}
+
+template <class... P, class... A>
+int launch_with(bool is_early, void (*kernel)(P...), dim3 grid, int cluster, int threads, size_t smem_bytes,
+                cudaStream_t stream, A&&... arguments) {
+  if (int error = raise_smem_limit(reinterpret_cast<const void*>(kernel), smem_bytes)) return error;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (cluster > 1) {
+    cudaLaunchAttribute& shape = attributes[count++];
+    shape.id = cudaLaunchAttributeClusterDimension;
+    shape.val.clusterDim.x = static_cast<unsigned>(cluster);
+    shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+  }
+  if (is_early) {
+    cudaLaunchAttribute& early = attributes[count++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...);
+  if (error == cudaSuccess) return 0;
+  cudaGetLastError();
+  set_error("launch of %u x %u x %u blocks (clusters of %d) of %d threads, %zu bytes of shared memory: %s", grid.x,
+            grid.y, grid.z, cluster, threads, smem_bytes, cudaGetErrorString(error));
+  return static_cast<int>(error);
+}
+
+// As launch(), with blocks that are neighbours in x in clusters of this size (sm_90).
+template <class... P, class... A>
+int launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, size_t smem_bytes, cudaStream_t stream,
+                    A&&... arguments) {
+  return launch_with(false, kernel, grid, cluster, threads, smem_bytes, stream, std::forward<A>(arguments)...);
+}
+
+// As launch_clusters(), for kernels that call ptx::wait_for_previous before they touch memory: where they are compiled for
+// the device, they start while the kernel before ends.
+template <class... P, class... A>
+int launch_early(void (*kernel)(P...), dim3 grid, int cluster, int threads, size_t smem_bytes, cudaStream_t stream,
+                 A&&... arguments) {
+  return launch_with(compute_capability() == 90, kernel, grid, cluster, threads, smem_bytes, stream,
+                     std::forward<A>(arguments)...);
 }
 
 // Shared memory that a block may ask for on the current device; negative on an error.

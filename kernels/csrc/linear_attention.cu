@@ -4,9 +4,9 @@
 //   backward   [state, prefix]  dq and do.o   [state of the gradient, prefix from the end]  dk  dv  [dg]
 //
 // The bracketed state passes run when sequences are cut into segments, and always when not causal (then a sum takes the
-// place of the prefix). Scans of one call share their workspace; the stream orders them. dg reads the states of both
-// passes, at boundaries of its own choice (decay_gradient.h). With a window the backward begins with the gradients of its q
-// and k (window_gradient.h), which also find do.o for the scans.
+// place of the prefix); scans add up a few pieces themselves. Scans of one call share their workspace; the stream orders
+// them. dg reads the states of both passes, at boundaries of its own choice (decay_gradient.h). With a window the backward
+// begins with the gradients of its q and k (window_gradient.h), which also find do.o for the scans.
 #include <algorithm>
 
 #include "decay_gradient.h"
@@ -20,6 +20,9 @@ namespace hf_linattn {
 namespace {
 
 constexpr int64_t kShortestSegment = 1024;  // its state, 64 KB at 128 x 128, is a tenth of what it reads
+constexpr int64_t kShortestPiece = 512;
+constexpr int64_t kSummedBoundaries = 4;  // of a sequence: reading their states takes less time than a launch
+constexpr int64_t kCutTokens = 640;       // in whose time a CTA starts and a prefix runs
 constexpr int64_t kAnyLength = INT64_MAX;
 constexpr size_t kAlignment = 256;
 
@@ -54,23 +57,40 @@ Rows rows_of(const hf_linattn_tensor& tensor, int dim) {
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
+int slot_count(const hf_linattn_problem& problem, int64_t tokens) {
+  if (problem.cu_seqlens != nullptr) return static_cast<int>(problem.tokens / tokens + problem.num_sequences);
+  return static_cast<int>(problem.batch * std::max<int64_t>(ceil_div(problem.tokens, tokens), 1));
+}
+
 // Cut sequences so that `units` CTAs a sequence and segment fill the multiprocessors, once. A segment costs a second read
-// of k and v, so that a grid that half fills them by itself stays whole. No segment is longer than `longest`.
-void plan_segments(const hf_linattn_problem& problem, int64_t units, int64_t longest, ScanArgs& args) {
+// of k and v, so that a grid of at least `whole` CTAs stays whole. No segment is longer than `longest`.
+int64_t segment_length(const hf_linattn_problem& problem, int64_t units, int64_t whole, int64_t longest) {
   const int64_t processors = std::max(multiprocessor_count(), 1);
-  int64_t segment;
-  if (problem.cu_seqlens == nullptr) {
-    const int64_t blocks = std::max<int64_t>(units * problem.batch, 1);
-    const bool is_filled = blocks * 2 > processors;
-    const int64_t wanted = is_filled && problem.causal ? 1 : std::max<int64_t>(processors / blocks, 1);
-    segment = std::max(kShortestSegment, ceil_div(problem.tokens, wanted));
-  } else {
-    segment = std::max(kShortestSegment, ceil_div(problem.tokens * units, processors));
+  if (problem.cu_seqlens != nullptr) {
+    return std::min(std::max(kShortestSegment, ceil_div(problem.tokens * units, processors)), longest);
   }
-  args.segment_tokens = ceil_div(std::min(segment, longest), kChunk) * kChunk;
-  args.num_slots = static_cast<int>(problem.cu_seqlens == nullptr
-                                        ? problem.batch * std::max<int64_t>(ceil_div(problem.tokens, args.segment_tokens), 1)
-                                        : problem.tokens / args.segment_tokens + problem.num_sequences);
+  const int64_t blocks = std::max<int64_t>(units * problem.batch, 1);
+  const int64_t wanted = blocks >= whole && problem.causal ? 1 : std::max<int64_t>(processors / blocks, 1);
+  const int64_t segment = std::min(std::max(kShortestSegment, ceil_div(problem.tokens, wanted)), longest);
+  // The states of segments take half as long as one, at least.
+  const bool is_worth = problem.tokens - segment > segment / 2 + kCutTokens || !problem.causal || longest != kAnyLength;
+  return is_worth ? segment : problem.tokens;
+}
+
+// The segments of args for scans of this kind, each of `units` CTAs, and in how many pieces state passes of `state_units`
+// CTAs take a segment, so that they fill the multiprocessors too.
+void plan_segments(const hf_linattn_problem& problem, ScanKind kind, int64_t units, int64_t state_units, int64_t longest,
+                   ScanArgs& args) {
+  // With 64 of 132 CTAs a chunk of the output takes 1.0 us, with 128 memory makes it 1.5; dq takes 1.4 and 1.9.
+  const int64_t processors = multiprocessor_count();
+  const int64_t whole = kind == ScanKind::kOutput ? processors * 3 / 8 : processors / 2 + 1;
+  const int64_t segment = std::max<int64_t>(segment_length(problem, units, whole, longest), 1);
+  const int64_t boundaries = std::max(slot_count(problem, segment) - problem.num_sequences, 1);
+  const int64_t pieces = std::min(processors / (state_units * boundaries), segment / kShortestPiece);
+  args.pieces = longest != kAnyLength ? 1 : static_cast<int>(std::max<int64_t>(pieces, 1));
+  const int64_t multiple = args.pieces * kChunk;
+  args.segment_tokens = ceil_div(segment, multiple) * multiple;
+  args.num_slots = slot_count(problem, args.segment_tokens);
 }
 
 ScanArgs common_args(const hf_linattn_problem& problem) {
@@ -120,27 +140,35 @@ int run_scan(const hf_linattn_problem& problem, ScanKind kind, const ScanArgs& a
   return run_scan_sm90(kind, problem.causal, args, stream);
 }
 
-// Readies args for a scan over `heads` heads and `columns` columns: cuts sequences into segments and finds the state each
-// starts from, by passes of `state_kind` over state_args' y and z. `total` receives what a scan that is not causal reads.
-int prepare_states(const hf_linattn_problem& problem, ScanKind state_kind, ScanArgs state_args, int columns,
-                   int64_t longest_segment, Workspace& workspace, const hf_linattn_state* total, bool only_count, ScanArgs& args, void* stream) {
-  const int heads = is_reverse(state_kind) ? problem.num_kv_heads : problem.num_heads;
-  plan_segments(problem, heads * ceil_div(columns, kTileColumns), longest_segment, args);
-  state_args.segment_tokens = args.segment_tokens;
-  state_args.num_slots = args.num_slots;
+// Readies args for scans of this kind, of `columns` columns: cuts sequences into segments and finds the state each starts
+// from, by passes of `state_kind` over state_args' y and z. `total` receives what a scan that is not causal reads.
+int prepare_states(const hf_linattn_problem& problem, ScanKind kind, int columns, ScanKind state_kind, ScanArgs state_args,
+                   int64_t longest_segment, Workspace& workspace, const hf_linattn_state* total, bool only_count,
+                   ScanArgs& args, void* stream) {
+  const int64_t heads = is_reverse(kind) ? problem.num_kv_heads : problem.num_heads;
+  const int64_t units = heads * ceil_div(columns, kTileColumns);
+  const int64_t state_units = problem.num_kv_heads * ceil_div(problem.value_dim, 2 * kTileColumns);
+  plan_segments(problem, kind, units, state_units, longest_segment, args);
+  state_args.pieces = args.pieces;
+  state_args.segment_tokens = args.segment_tokens / args.pieces;
+  const bool is_dense = problem.cu_seqlens == nullptr;
+  state_args.num_slots = is_dense ? args.num_slots * args.pieces : slot_count(problem, state_args.segment_tokens);
   state_args.first = args.first;
   if (problem.causal) {
-    const int64_t boundaries = args.num_slots - problem.num_sequences;
-    if (boundaries == 0) return 0;
+    if (args.num_slots == problem.num_sequences) return 0;
+    const int64_t boundaries = state_args.num_slots - problem.num_sequences;
+    const bool is_read_by_dg = longest_segment != kAnyLength;
+    args.is_summed = is_dense && boundaries <= kSummedBoundaries * problem.num_sequences && !is_read_by_dg;
     args.carried = workspace.state(problem, boundaries);
     args.carried_log_decay = workspace.floats(boundaries * problem.num_kv_heads);
     if (only_count) return 0;
     state_args.carried = args.carried;
     state_args.carried_log_decay = args.carried_log_decay;
     if (int error = run_scan(problem, state_kind, state_args, stream)) return error;
+    if (args.is_summed) return 0;
     return run_segment_prefix(state_args, is_reverse(state_kind), stream);
   }
-  state_args.carried = workspace.state(problem, args.num_slots);
+  state_args.carried = workspace.state(problem, state_args.num_slots);
   const hf_linattn_state sum = total != nullptr && total->kv != nullptr ? *total
                                                                          : workspace.state(problem, problem.num_sequences);
   if (only_count) return 0;
@@ -173,7 +201,7 @@ int forward(const hf_linattn_problem& problem, const hf_linattn_tensor& o, float
   args.den = den;
   args.first = problem.initial_state;
   if (final_state != nullptr) args.last = *final_state;
-  if (int error = prepare_states(problem, ScanKind::kState, forward_state_args(problem), problem.value_dim,
+  if (int error = prepare_states(problem, ScanKind::kOutput, problem.value_dim, ScanKind::kState, forward_state_args(problem),
                                  kAnyLength, workspace, final_state, only_count, args, stream)) {
     return error;
   }
@@ -239,8 +267,8 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   query.first = problem.initial_state;
   query.extra_out = gradients.d_log_scale;
   Workspace forward_states = workspace;
-  if (int error = prepare_states(problem, ScanKind::kState, forward_state_args(problem), features, longest_segment,
-                                 forward_states, nullptr, only_count, query, stream)) {
+  if (int error = prepare_states(problem, ScanKind::kQueryGrad, features, ScanKind::kState, forward_state_args(problem),
+                                 longest_segment, forward_states, nullptr, only_count, query, stream)) {
     return error;
   }
   // In the place of the others, unless dg wants both.
@@ -268,13 +296,15 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   sources.z = d_o;
   ScanArgs value = sources, key = sources;
   value.first = gradients.d_final;
-  if (int error = prepare_states(problem, ScanKind::kStateGrad, sources, std::max(features, values), longest_segment,
-                                 backward_states, nullptr, only_count, value, stream)) {
+  if (int error = prepare_states(problem, ScanKind::kValueGrad, std::max(features, values), ScanKind::kStateGrad, sources,
+                                 longest_segment, backward_states, nullptr, only_count, value, stream)) {
     return error;
   }
   workspace = backward_states.used() > forward_states.used() ? backward_states : forward_states;
   if (only_count) return 0;
   key.segment_tokens = value.segment_tokens;
+  key.pieces = value.pieces;
+  key.is_summed = value.is_summed;
   key.num_slots = value.num_slots;
   key.first = value.first;
   key.carried = value.carried;

@@ -56,6 +56,13 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// 1 / x, off by at most one unit in the last place.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Read anew at every call: a number that is seldom needed occupies no register.
 __device__ __forceinline__ int lane_id() {
   int lane;
@@ -134,6 +141,13 @@ __device__ __forceinline__ void cp_async_wait() {
 // For `threads` threads of the block, in whole warps that have not diverged; id 0 is that of __syncthreads.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Until the kernel before is over, of one that launch_early has started before that; else it is over already.
+__device__ __forceinline__ void wait_for_previous() {
+#if HF_LINATTN_HAS_SM90
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 #if HF_LINATTN_HAS_SM90
@@ -370,6 +384,9 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
+
+// The kernel after this one may start, once a thread of every block has called this or the block is over.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Registers a thread from here on, for all warps of a warpgroup.
 template <int kRegisters>

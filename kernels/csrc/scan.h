@@ -69,7 +69,8 @@ struct ScanArgs {
   int num_sequences, num_slots;
   const void* cu_seqlens;
   int cu_seqlens_is_int64;
-  int64_t segment_tokens;  // a multiple of kChunk
+  int64_t segment_tokens;  // a multiple of kChunk; of state kinds, which work on pieces of segments: of a piece
+  int pieces;              // of a segment
   const float* g;
   int64_t g_batch_stride, g_token_stride, g_head_stride;
   float a, b;
@@ -80,10 +81,12 @@ struct ScanArgs {
                     // place of dq (run_along); with a window: parts of the gradient of log_scale, beside dq
   hf_linattn_state first;    // by sequence: state to start from; null members count as zero
   hf_linattn_state last;     // by sequence: where a scan leaves the state at the far end; null members are not wanted
-  // Between neighbouring segments of a sequence lies a boundary; state kinds write to it what the segment on the near
-  // side adds, run_segment_prefix completes that, scans start from it. Not causal: one entry a slot instead.
+  // Between neighbouring pieces of a sequence lies a boundary; state kinds write to it what the piece on the near side adds,
+  // run_segment_prefix completes those between segments, scans start from them. Where `is_summed` is set scans add up the
+  // boundaries themselves. Not causal: one entry a piece instead.
   hf_linattn_state carried;
-  float* carried_log_decay;  // natural log of the decay over the segment that wrote the entry
+  bool is_summed;
+  float* carried_log_decay;  // natural log of the decay over the piece that wrote the entry
   // With a window; 0 without.
   int window;
   int first_query;           // kOutput: rows of each sequence before that one are not wanted; at most `window`
@@ -100,6 +103,7 @@ HF_LINATTN_BOTH_SIDES constexpr int column_units(int dim) { return (dim + kColum
 
 struct Segment {
   int slot, sequence, batch;
+  int index, count;  // in its sequence
   int64_t begin, end;  // tokens of the row
   bool is_first, is_last;  // of its sequence
   bool exists;

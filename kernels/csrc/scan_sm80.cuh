@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1) scan_sm80_kernel(const _
   using Work = Work80<Engine, kKind, kReach, kRows, kCols, kXParts>;
   const int tile = blockIdx.x % tiles, head = blockIdx.x / tiles % heads, slot = blockIdx.x / (tiles * heads);
   Segment segment = find_segment(args, slot);
-  if (!is_wanted<kKind, kReach>(segment)) return;
+  if (!is_wanted<kKind, kReach>(args, segment)) return;
   if constexpr (kKind == ScanKind::kOutput && kReach == Reach::kWindow) segment = wanted_rows(args, segment);
   const uint32_t base = ptx::smem_address(ptx::dynamic_smem());
   Work work(args, segment, head, tile * kCols, Layout80<Work>::places(base, num_stages));

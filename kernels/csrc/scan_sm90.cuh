@@ -60,6 +60,13 @@ struct Layout90 {
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static constexpr int kBytes = kFixedBytes + kStages * kStageBytes;
   static_assert(kStages >= 3, "two chunks are worked on while a third arrives");
+  // A stage serves the same warpgroup of rows whenever it comes round: the others need not wait for it to know its phase.
+  static constexpr bool kStagesHaveRows =
+      kRowGroups > 0 && kStages % (kRowGroups > 0 ? kRowGroups : 1) == 0 && !Work::kHasWindow;
+  static __device__ __forceinline__ bool skips(int members) { return kStagesHaveRows && members == 1; }
+  static __device__ __forceinline__ int consumer_warps(int members) {
+    return skips(members) ? kConsumerWarps - kRowWarps + 4 : kConsumerWarps;
+  }
 
   // Barriers: of stages; of the operand buffer of each warpgroup of rows; of the exchange between CTAs, for every other
   // chunk of such a warpgroup (a CTA that is ahead must not meet what another has yet to read); of stages whose rows of
@@ -101,7 +108,7 @@ struct Layout90 {
   }
 };
 
-// A consumer's end of the ring: every consumer takes and frees every stage, in order.
+// A consumer's end of the ring: every consumer takes and frees every stage, in order, unless Layout::skips.
 template <class Layout>
 struct RingPipe {
   const uint32_t base;
@@ -120,6 +127,10 @@ struct RingPipe {
   __device__ __forceinline__ void pass() {
     acquire_as_copied();
     release();
+  }
+  __device__ __forceinline__ void skip() {
+    if (++taken == Layout::kStages) taken = 0, parity ^= 1;
+    if (++freed == Layout::kStages) freed = 0;
   }
   __device__ __forceinline__ StageTiles acquire_as_copied() {
     ptx::mbarrier_wait(Layout::full(base, taken), parity);
@@ -162,6 +173,7 @@ struct Producer {
         if (step % 2 == 1 || is_last) produce_window(step - step % 2, chunks);
       }
     }
+    ptx::launch_dependents();
   }
 
  private:
@@ -370,6 +382,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
   constexpr int kRowGroups = Layout::kRowGroups;
   RingPipe<Layout> pipe{base, 0};
   const int chunks = chunk_count(work.segment), members = work.members();
+  const bool skips = Layout::skips(members);
   typename Work::TokenInputs next;
   typename Work::FragmentA x[Work::kSteps];
   typename Work::RowSums rows;
@@ -421,7 +434,8 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
     const TileTokens sources = work.far_tokens(first);
     const int valid = work.valid_tokens(first);
     if (step % kRowGroups != own) {
-      for (int member = 0; member < members; ++member) pipe.pass();
+      if (skips) pipe.skip();
+      for (int member = 0; !skips && member < members; ++member) pipe.pass();
     }
     for (int member = 0; step % kRowGroups == own && member < members; ++member) {
       if (work.with_token_arrays(sources)) work.template publish_tokens<true, false>(next, sources);
@@ -511,15 +525,16 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   using Layout = Layout90<Work, kTiles>;
   constexpr int kRowWarpgroups = Layout::kRowGroups, kConsumers = kRowWarpgroups + kTiles;
   const int tile = block % tiles, head = block / tiles % heads, slot = block / (tiles * heads);
+  if (args.cu_seqlens != nullptr) ptx::wait_for_previous();
   Segment segment = find_segment(args, slot);
-  if (!is_wanted<kKind, kReach>(segment)) return;
+  if (!is_wanted<kKind, kReach>(args, segment)) return;
   if constexpr (kKind == ScanKind::kOutput && kReach == Reach::kWindow) segment = wanted_rows(args, segment);
   const uint32_t base = ptx::smem_address(ptx::dynamic_smem());
   const int column0 = tile * kTiles * kTileColumns;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Layout::kStages; ++i) {
       ptx::mbarrier_init(Layout::full(base, i), 1);
-      ptx::mbarrier_init(Layout::empty(base, i), Layout::kConsumerWarps);
+      ptx::mbarrier_init(Layout::empty(base, i), Layout::consumer_warps(Work::members(args)));
       ptx::mbarrier_init(Layout::cleared(base, i), 32);
     }
     for (int i = 0; i < Layout::kRowGroups; ++i) {
@@ -533,11 +548,12 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   const bool is_clustered = Work::kProjects && tiles > 1;
   if (is_clustered) ptx::cluster_arrive(), ptx::cluster_wait();
   else __syncthreads();
+  ptx::wait_for_previous();
   const int warpgroup = threadIdx.x / kWarpgroupThreads, warp = threadIdx.x / 32 % 4;
   // Registers are dealt anew by role, from those that a thread has at the start: a sum beyond that waits for ever.
   constexpr int kAtStart = 64 * 1024 / threads_sm90(kKind, kTiles) / 8 * 8, kToDeal = kAtStart * (kConsumers + 1);
   constexpr int kProducerRegisters = Work::kWindowed && !Work::kRowConstant ? 32 : 24;
-  constexpr int kRowRegisters = Work::kHasWindow ? 160 : !Work::kProjects ? 152 : Work::kCausal ? 168 : 176;
+  constexpr int kRowRegisters = Work::kHasWindow ? 160 : !Work::kProjects ? 144 : Work::kCausal ? 168 : 176;
   constexpr int kLeftRegisters = (kToDeal - kProducerRegisters - kRowWarpgroups * kRowRegisters) / kTiles / 8 * 8;
   constexpr int kStateRegisters = kLeftRegisters < 240 ? kLeftRegisters : 240;
   if (warpgroup == kConsumers) {
@@ -620,9 +636,9 @@ int launch_scan_sm90(const ScanArgs& args, cudaStream_t stream) {
   if (blocks > 0x7fffffff) return set_error("%lld blocks are more than a grid holds", static_cast<long long>(blocks));
   TileMaps maps = {};
   if (int error = make_tile_maps(kKind, kReach, args, maps)) return error;
-  return launch_clusters(scan_sm90_kernel<kKind, kReach, kDecay, kRows, kTiles>, dim3(static_cast<unsigned>(blocks)),
-                         Work::kProjects ? tiles : 1, threads_sm90(kKind, kTiles), Layout::kBytes, stream,
-                         args, maps, tiles, heads);
+  return launch_early(scan_sm90_kernel<kKind, kReach, kDecay, kRows, kTiles>, dim3(static_cast<unsigned>(blocks)),
+                      Work::kProjects ? tiles : 1, threads_sm90(kKind, kTiles), Layout::kBytes, stream, args, maps, tiles,
+                      heads);
 }
 
 }  // namespace hf_linattn

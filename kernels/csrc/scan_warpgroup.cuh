@@ -37,6 +37,12 @@ __device__ __forceinline__ int chunk_count(const Segment& segment) {
   return static_cast<int>((segment.end - segment.begin + kChunk - 1) / kChunk);
 }
 
+// The first slot of sequence n, of those `tokens` long of which dense sequences have `per_sequence`.
+template <class Args>
+__device__ __forceinline__ int first_slot(const Args& args, int n, int64_t tokens, int per_sequence) {
+  return args.cu_seqlens == nullptr ? n * per_sequence : static_cast<int>(sequence_bound(args, n) / tokens) + n;
+}
+
 // Slot s of the grid -> its tokens. Dense: every sequence has the same number of slots. Packed: sequence n owns the slots
 // from cu_seqlens[n] / segment_tokens + n, enough for its segments whatever the lengths.
 template <class Args>
@@ -60,9 +66,11 @@ __device__ __forceinline__ Segment find_segment(const Args& args, int slot) {
     segment.batch = 0;
     start = sequence_bound(args, low);
     length = sequence_bound(args, low + 1) - start;
-    index = slot - static_cast<int>(start / args.segment_tokens + low);
+    index = slot - first_slot(args, low, args.segment_tokens, 0);
   }
   const int64_t count = length > 0 ? (length + args.segment_tokens - 1) / args.segment_tokens : 1;
+  segment.index = index;
+  segment.count = static_cast<int>(count);
   segment.exists = index < count;
   segment.is_first = index == 0;
   segment.is_last = index == count - 1;
@@ -102,11 +110,12 @@ __device__ __forceinline__ int hidden(int x) {
 
 __device__ __forceinline__ float guarded(float den) { return fabsf(den) < kDenominatorEps ? kDenominatorEps : den; }
 
-// Whether this segment has work: one that no boundary waits for adds nothing to a state.
+// Whether this segment has work. Of state kinds those do not that no boundary between segments waits for.
 template <ScanKind kKind, Reach kReach>
-__device__ __forceinline__ bool is_wanted(const Segment& segment) {
-  constexpr bool kIsState = forms_state_only(kKind), kReverse = is_reverse(kKind);
-  return segment.exists && !(kIsState && kReach != Reach::kAll && (kReverse ? segment.is_first : segment.is_last));
+__device__ __forceinline__ bool is_wanted(const ScanArgs& args, const Segment& segment) {
+  if (!forms_state_only(kKind) || kReach == Reach::kAll || !segment.exists) return segment.exists;
+  if (is_reverse(kKind)) return segment.index >= args.pieces;
+  return segment.index < (segment.count - 1) / args.pieces * args.pieces;
 }
 
 // The n-th entry of a state member, or null.
@@ -163,6 +172,13 @@ struct ScanWarpgroup {
   static constexpr int kXFragments = Engine::kIsAsync ? kSteps : 1;
   static constexpr int kUnrollSteps = kXFragments;
   static constexpr int kOwnColumns = kCols / 4;  // of the column sums, by warp
+
+  // There are registers for numbers that stay the same over all chunks; elsewhere each chunk forms them anew.
+  static constexpr bool kHasRoom = Engine::kIsAsync && kRows == 64 && !kDecay && !kWindowed;
+  template <class T>
+  static __device__ __forceinline__ T formed_anew(T x) {
+    return kHasRoom ? x : hidden(x);
+  }
 
   // Per-token numbers of the chunk in work; every warp keeps its own copy, so that no barrier is needed. Rows need the
   // first three, the state the others.
@@ -239,7 +255,8 @@ struct ScanWarpgroup {
     return &shared_at<float>(places.tokens + which * kTokenArrayBytes);
   }
   // Heads whose queries are sources.
-  __device__ __forceinline__ int members() const { return kHasSources && kReverse ? args.group : 1; }
+  static __device__ __forceinline__ int members(const ScanArgs& args) { return kHasSources && kReverse ? args.group : 1; }
+  __device__ __forceinline__ int members() const { return members(args); }
   __device__ __forceinline__ int source_head(int member) const { return kReverse ? kv_head * args.group + member : kv_head; }
   // The chunk of a step, its first token and how many it has.
   static __device__ __forceinline__ int chunk_at(int step, int chunks) { return kReverse ? chunks - 1 - step : step; }
@@ -274,42 +291,74 @@ struct ScanWarpgroup {
     return tokens;
   }
 
-  // First state -> registers.
+  // First state -> registers: the entry of the sequence, of the boundary, or what the pieces in between add to the former.
   __device__ __forceinline__ void load_state() {
-    const bool is_carried = kCausal && !(kReverse ? segment.is_last : segment.is_first);
-    const hf_linattn_state empty = {}, &from = kStateOnly ? empty : is_carried ? args.carried : args.first;
-    const int64_t index = is_carried ? entry_index(boundary(!kReverse)) : entry_index(segment.sequence);
+    const bool is_carried = kCausal && !kStateOnly && !(kReverse ? segment.is_last : segment.is_first);
+    const bool is_whole = is_carried && !args.is_summed;
+    int added = 0, next = 0;
+    if (is_carried) {
+      const int64_t piece = args.segment_tokens / args.pieces;
+      const int own = boundary(!kReverse);
+      const int after = static_cast<int>((args.tokens + piece - 1) / piece) - (segment.index + 1) * args.pieces;
+      added = is_whole ? 1 : kReverse ? after : segment.index * args.pieces;
+      next = kReverse ? own + added - 1 : own - added + 1;
+    }
+    clear_state();
+    if (!kStateOnly && !is_whole) add_to_state(args.first, entry_index(segment.sequence), 1.f);
+#pragma unroll 1
+    for (; added > 0; --added, next += kReverse ? -1 : 1) {
+      const int64_t index = entry_index(next);
+      add_to_state(args.carried, index, kDecay && !is_whole ? expf(args.carried_log_decay[index]) : 1.f);
+    }
+  }
+  __device__ __forceinline__ void clear_state() {
+#pragma unroll
+    for (int m = 0; m < kStateTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < kCols / 2; ++i) state[m][i] = 0.f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) row_sums[m][i] = 0.f;
+    }
+#pragma unroll
+    for (int n = 0; n < kCols / 32; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) column_sums[n][i] = 0.f;
+    }
+    count = 0.f;
+  }
+  // state = factor state + the entry.
+  __device__ __forceinline__ void add_to_state(const hf_linattn_state& from, int64_t index, float factor) {
     const float* kv = entry(from.kv, index, int64_t{args.feature_dim} * args.value_dim);
     const float* key_sum = entry(from.key_sum, index, args.feature_dim);
     const float* value_sum = entry(from.value_sum, index, args.value_dim);
     const float* weight_sum = entry(from.weight_sum, index, 1);
     const int row_count = args.y.dim, column_count = args.z.dim, pitch = hidden(args.value_dim);
+    if (kDecay) decay_state(factor);
 #pragma unroll
     for (int m = 0; m < kStateTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < kCols / 2; ++i) {
         const int row = state_row(m, i), column = column0 + state_column(i);
-        state[m][i] = kv != nullptr && row < row_count && column < column_count ? kv[state_offset(row, column, pitch)] : 0.f;
+        if (kv != nullptr && row < row_count && column < column_count) state[m][i] += kv[state_offset(row, column, pitch)];
         if (i % 16 == 15) ptx::keep(state[m]);  // few addresses at a time
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 4; i += 2) {
         const int row = state_row(m, i);
         const float* sums = kTransposed ? value_sum : key_sum;
-        const bool is_held = kExtra && sums != nullptr && t == 0 && i % 2 == 0 && row < row_count;
-        row_sums[m][i] = is_held ? sums[row] : 0.f;
+        if (kExtra && sums != nullptr && t == 0 && row < row_count) row_sums[m][i] += sums[row];
       }
     }
     const float* sums = kTransposed ? key_sum : value_sum;
 #pragma unroll
     for (int n = 0; n < kCols / 32; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 2; ++i) {
         const int column = column0 + own_column(n, i);
-        column_sums[n][i] = sums != nullptr && g == 0 && i < 2 && column < column_count ? sums[column] : 0.f;
+        if (sums != nullptr && g == 0 && column < column_count) column_sums[n][i] += sums[column];
       }
     }
-    count = weight_sum != nullptr ? *weight_sum : 0.f;
+    if (weight_sum != nullptr) count += *weight_sum;
   }
 
   // Registers -> the entry of this segment (state kinds) or of the sequence (scans that end it).
@@ -413,12 +462,12 @@ struct ScanWarpgroup {
   }
 
   // With a window `den` holds the quotient itself, of one denominator for both parts.
-  static __device__ __forceinline__ float inverse_den(float den) { return kWindowed ? den : 1.f / guarded(den); }
+  static __device__ __forceinline__ float inverse_den(float den) { return kWindowed ? den : ptx::reciprocal(guarded(den)); }
 
   // Numbers of the tokens of a chunk; all loads of a chunk are under way while the one before is worked on.
   __device__ __forceinline__ void load_tokens(TokenInputs& in, int chunk, int member) {
-    const int batch = hidden(segment.batch), kv_head = hidden(this->kv_head), lane = current_lane();
-    const int64_t first = segment.begin + static_cast<int64_t>(hidden(chunk)) * kChunk, first_source = source_token(first);
+    const int batch = formed_anew(segment.batch), kv_head = formed_anew(this->kv_head), lane = current_lane();
+    const int64_t first = segment.begin + static_cast<int64_t>(formed_anew(chunk)) * kChunk, first_source = source_token(first);
     const TileTokens inside = far_tokens(first);
     const int64_t source = (static_cast<int64_t>(batch) * args.num_heads + source_head(member)) * args.tokens;
     const bool with_den = kReverse && args.normalize;
@@ -706,14 +755,13 @@ struct ScanWarpgroup {
 
   // With do.o of both rows: dq.
   __device__ __forceinline__ void project(RowSums& rows, const float (&along)[2], int64_t first, int valid) {
-    const int first_row = hidden(16 * warp + g), batch = hidden(segment.batch), head = hidden(this->head);
+    const int first_row = formed_anew(16 * warp + g), batch = formed_anew(segment.batch), head = formed_anew(this->head);
+    const int64_t at = (static_cast<int64_t>(batch) * args.num_heads + head) * args.tokens + first + first_row;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = first_row + 8 * i;
-      const int64_t at = (static_cast<int64_t>(batch) * args.num_heads + head) * args.tokens + first + row;
       // A row whose denominator is held at its floor is not a quotient: scaling its weights is no longer for nothing.
-      rows.along[i] = fabsf(rows.den[i]) < kDenominatorEps ? 0.f : along[i] / rows.den[i];
-      if (column0 == 0 && t == 0 && row < valid) args.along[at] = rows.along[i];
+      rows.along[i] = fabsf(rows.den[i]) < kDenominatorEps ? 0.f : along[i] * ptx::reciprocal(rows.den[i]);
+      if (column0 == 0 && t == 0 && first_row + 8 * i < valid) args.along[at + 8 * i] = rows.along[i];
     }
 #pragma unroll
     for (int i = 0; i < kCols / 2; ++i) rows.o[i] -= rows.along[i / 2 % 2] * rows.keys[i];
@@ -1047,21 +1095,21 @@ struct ScanWarpgroup {
   __device__ __forceinline__ void write_output(const RowSums& rows, int64_t first, int valid) {
     const float(&o)[kCols / 2] = rows.o;
     float row_scale[2] = {1.f, 1.f}, extra[2] = {0.f, 0.f};
-    const int first_row = hidden(16 * warp + g), batch = hidden(segment.batch), head = hidden(this->head);
+    const int first_row = formed_anew(16 * warp + g), batch = formed_anew(segment.batch), head = formed_anew(this->head);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = first_row + 8 * i;
       if (!kProjects && reads_extra()) {
         extra[i] = kHasWindow ? sum_over_row(rows.sum[i]) : extra_sum(rows, i);
-        if (kKind == ScanKind::kOutput) {
-          row_scale[i] = 1.f / (kHasWindow ? extra[i] : guarded(extra[i]));
-          const int64_t at = (static_cast<int64_t>(batch) * args.num_heads + head) * args.tokens + first + row;
-          if (column0 == 0 && t == 0 && row < valid) {
-            args.den[at] = kHasWindow ? (rows.unit[i] + log2f(extra[i])) / kLog2E : extra[i];
-          }
-        }
+        if (kKind == ScanKind::kOutput) row_scale[i] = ptx::reciprocal(kHasWindow ? extra[i] : guarded(extra[i]));
       }
       if (kRowConstant) row_scale[i] = args.normalize ? args.b * inverse_den(rows.den[i]) : args.b;
+    }
+    if (kKind == ScanKind::kOutput && reads_extra() && column0 == 0 && t == 0) {
+      float* den = args.den + (static_cast<int64_t>(batch) * args.num_heads + head) * args.tokens + first + first_row;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (first_row + 8 * i < valid) den[8 * i] = kHasWindow ? (rows.unit[i] + log2f(extra[i])) / kLog2E : extra[i];
+      }
     }
     if constexpr (kRowConstant && !kProjects) {
       if (args.extra_out != nullptr) write_column_terms(rows, extra, first, valid);
@@ -1110,33 +1158,32 @@ struct ScanWarpgroup {
   // This warp's 16 rows; 16-bit results pass through shared memory, so that a row leaves in one piece.
   __device__ __forceinline__ void write_rows(__nv_bfloat16* base, const float (&o)[kCols / 2],
                                              const float (&row_scale)[2], int valid, int columns) {
-    const uint32_t tile = places.out;
-    const uint32_t corner = tile + OutTile::offset(g, 2 * t);
-    const int lane = hidden(this->lane);
+    const uint32_t tile = places.out, lane = formed_anew(this->lane);
+    float scaled[kCols / 2];
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) scaled[i] = o[i] * row_scale[i / 2 % 2];
     __syncwarp();  // the rows of the chunk before have left
-#pragma unroll
-    for (int i = 0; i < kCols / 2; i += 2) {
-      const uint32_t address = OutTile::shift(corner, i / 4 * 8) + i / 2 % 2 * 8 * OutTile::kRowBytes;
-      shared_at<uint32_t>(address) = pack_bf16(o[i] * row_scale[i / 2 % 2], o[i + 1] * row_scale[i / 2 % 2]);
-    }
+    Engine::template store<kCols, OutTile>(tile, 0, 0, scaled, 0);
     __syncwarp();
-    const bool is_aligned = (reinterpret_cast<uintptr_t>(base) | args.out.token_stride * 2) % 16 == 0 && columns % 8 == 0;
-    constexpr int kUnits = kCols / 8;
+    const int64_t stride = args.out.token_stride;
+    const bool is_aligned = (reinterpret_cast<uintptr_t>(base) | stride * 2) % 16 == 0 && columns % 8 == 0;
     if (is_aligned) {
+      constexpr int kUnits = kCols / 8, kRowsAtOnce = 32 / kUnits;
+      const uint32_t row = lane / kUnits, column = lane % kUnits * 8;
+      const uint32_t from = tile + OutTile::offset(row, column);
+      const int token = 16 * warp + row, rows_left = static_cast<int>(column) < columns ? valid - token : 0;
+      __nv_bfloat16* to = base + token * stride + column;
 #pragma unroll
-      for (int i = 0; i < 16 * kUnits; i += 32) {
-        const int row = (i + lane) / kUnits, unit = (i + lane) % kUnits, token = 16 * warp + row;
-        if (token < valid && unit * 8 < columns) {
-          *reinterpret_cast<uint4*>(base + token * args.out.token_stride + unit * 8) =
-              shared_at<uint4>(tile + OutTile::offset(row, unit * 8));
-        }
+      for (int i = 0; i < 16; i += kRowsAtOnce, to += kRowsAtOnce * stride) {
+        const uint4 piece = shared_at<uint4>(OutTile::below(from, i));
+        if (i < rows_left) *reinterpret_cast<uint4*>(to) = piece;
       }
     } else {
 #pragma unroll 1
       for (int i = lane; i < 16 * kCols; i += 32) {
         const int row = i / kCols, column = i % kCols, token = 16 * warp + row;
         if (token < valid && column < columns) {
-          base[token * args.out.token_stride + column] = shared_at<__nv_bfloat16>(tile + OutTile::offset(row, column));
+          base[token * stride + column] = shared_at<__nv_bfloat16>(tile + OutTile::offset(row, column));
         }
       }
     }
@@ -1174,8 +1221,12 @@ struct ScanWarpgroup {
   __device__ __forceinline__ int state_offset(int row, int column, int pitch) const {
     return kTransposed ? column * pitch + row : row * pitch + column;
   }
-  // Boundaries are counted over all sequences: one less than slots in each.
-  __device__ __forceinline__ int boundary(bool before) const { return segment.slot - segment.sequence - (before ? 1 : 0); }
+  // Boundaries are counted over all sequences: one less than pieces in each.
+  __device__ __forceinline__ int boundary(bool before) const {
+    const int pieces = kStateOnly ? 1 : args.pieces, place = (segment.index + (before ? 0 : 1)) * pieces;
+    const int first = first_slot(args, segment.sequence, args.segment_tokens / pieces, args.num_slots / args.num_sequences * pieces);
+    return first - segment.sequence + place - 1;
+  }
   __device__ __forceinline__ int64_t entry_index(int item) const {
     return static_cast<int64_t>(hidden(item)) * args.num_kv_heads + kv_head;
   }
