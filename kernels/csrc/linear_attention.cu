@@ -57,6 +57,8 @@ Rows rows_of(const hf_linattn_tensor& tensor, int dim) {
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
+bool has_window(const hf_linattn_problem& problem) { return problem.window.size > 0; }
+
 int slot_count(const hf_linattn_problem& problem, int64_t tokens) {
   if (problem.cu_seqlens != nullptr) return static_cast<int>(problem.tokens / tokens + problem.num_sequences);
   return static_cast<int>(problem.batch * std::max<int64_t>(ceil_div(problem.tokens, tokens), 1));
@@ -81,9 +83,11 @@ int64_t segment_length(const hf_linattn_problem& problem, int64_t units, int64_t
 // CTAs take a segment, so that they fill the multiprocessors too.
 void plan_segments(const hf_linattn_problem& problem, ScanKind kind, int64_t units, int64_t state_units, int64_t longest,
                    ScanArgs& args) {
-  // With 64 of 132 CTAs a chunk of the output takes 1.0 us, with 128 memory makes it 1.5; dq takes 1.4 and 1.9.
+  // With 64 of 132 CTAs a chunk of the output takes 1.0 us, with 128 memory makes it 1.5; dq takes 1.4 and 1.9, and with
+  // a window instructions decide.
   const int64_t processors = multiprocessor_count();
-  const int64_t whole = kind == ScanKind::kOutput ? processors * 3 / 8 : processors / 2 + 1;
+  const bool is_light = kind == ScanKind::kOutput && !has_window(problem);
+  const int64_t whole = is_light ? processors * 3 / 8 : processors / 2 + 1;
   const int64_t segment = std::max<int64_t>(segment_length(problem, units, whole, longest), 1);
   const int64_t boundaries = std::max(slot_count(problem, segment) - problem.num_sequences, 1);
   const int64_t pieces = std::min(processors / (state_units * boundaries), segment / kShortestPiece);
@@ -118,8 +122,6 @@ ScanArgs common_args(const hf_linattn_problem& problem) {
   args.key_valid = problem.window.key_valid;
   return args;
 }
-
-bool has_window(const hf_linattn_problem& problem) { return problem.window.size > 0; }
 
 Rows window_rows(const hf_linattn_problem& problem, const hf_linattn_tensor& tensor) {
   return has_window(problem) ? rows_of(tensor, problem.window.dim) : Rows{};
@@ -308,6 +310,7 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   key.num_slots = value.num_slots;
   key.first = value.first;
   key.carried = value.carried;
+  key.carried_log_decay = value.carried_log_decay;
   key.x = rows_of(problem.v, values);
   key.y = d_o;
   key.z = rows_of(problem.q, features);
