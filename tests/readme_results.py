@@ -46,15 +46,15 @@ def kernel_results_block(folder: Path = RESULTS) -> str | None:
     results, path = max(files, key=lambda found: max(found[0]["runs"]))
     rows = [row for row in results["rows"] if row["suite"] == "bars" and row["impl"] in KERNEL_IMPLS]
     lines = [
-        "| B, H, N, D | | forward, ms | forward + backward, ms | extra memory, MiB |",
-        "|---|---|---|---|---|",
+        "| B, H, N, D | | forward, ms | forward + backward, ms | as a CUDA graph | extra memory, MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for shape in dict.fromkeys(tuple(row[name] for name in "BHND") for row in rows):
         of_shape = {row["impl"]: row for row in rows if tuple(row[name] for name in "BHND") == shape}
         label = ", ".join(map(str, shape))
         for impl in (impl for impl in KERNEL_IMPLS if impl in of_shape):
             row = of_shape[impl]
-            cells = " | ".join(_multiple(row, kind) for kind in ("fwd", "fwd_bwd"))
+            cells = " | ".join(_multiple(row, kind) for kind in ("fwd", "fwd_bwd", "fwd_bwd_graph"))
             extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
             lines.append(f"| {label} | `{impl}` | {cells} | {extra} |")
             label = ""
@@ -138,8 +138,8 @@ def _note(number: int, runs: list[tuple[Path, dict]]) -> str:
 
 
 def _multiple(row: dict, kind: str) -> str:
-    ms = row[f"{kind}_ms"]
-    return "" if ms is None else f"{ms:.3f} ({ms / row[f'floor_{kind}_ms']:.1f}x)"
+    ms = row.get(f"{kind}_ms")
+    return "" if ms is None else f"{ms:.3f} ({ms / row['floor_' + kind.removesuffix('_graph') + '_ms']:.1f}x)"
 
 
 if __name__ == "__main__":
