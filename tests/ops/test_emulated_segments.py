@@ -10,18 +10,18 @@ from hf_linattn.kernels import linear_attention
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
-# Multiprocessors decide how a row is cut: two segments of two pieces, five segments of two.
-CUTS = {"few-pieces": (4, 2688), "many-pieces": (20, 5200)}
+# Multiprocessors decide how a row is cut (B, T beside them): into two segments of two pieces, into four of two.
+CUTS = {"few-pieces": (4, 2, 2688), "many-pieces": (6, 1, 3100)}
 
 
 @pytest.mark.parametrize("path", ["sm80", "sm90"])
 @pytest.mark.parametrize("decay", [False, True], ids=["nodecay", "decay"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_segments_agree_with_the_whole(path, decay, cut, monkeypatch):
-    processors, T = CUTS[cut]
+    processors, B, T = CUTS[cut]
     monkeypatch.setenv("HF_LINATTN_EMULATED_SMS", str(processors))
     generator = torch.Generator().manual_seed(0)
-    B, H, D = 2, 1, 64
+    H, D = 1, 64
     q, k = (torch.rand(B, T, H, D, generator=generator).bfloat16() for _ in range(2))
     v, d_o = (torch.randn(B, T, H, D, generator=generator).bfloat16() for _ in range(2))
     g = torch.full((B, T, H), -1e-3) if decay else None
