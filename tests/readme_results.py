@@ -64,7 +64,8 @@ def kernel_results_block(folder: Path = RESULTS) -> str | None:
     runs = {date: results["runs"][date] for date in sorted({row["run"] for row in rows})}
     rates = [run["copy_gbs"] for run in runs.values()]
     commits = sorted({run["commit"] for run in runs.values() if run["commit"]})
-    facts = [min(runs)[:10], results["device"], f"torch {results['torch']}", *([peers] if peers else [])]
+    days = " to ".join(sorted({min(runs)[:10], max(runs)[:10]}))
+    facts = [days, results["device"], f"torch {results['torch']}", *([peers] if peers else [])]
     facts.append("copy " + " to ".join(f"{rate:.0f}" for rate in sorted({min(rates), max(rates)})) + " GB/s")
     facts += [f"commit {', '.join(commits)}"] if commits else []
     note = f"Medians of {', '.join(facts)}; in brackets the multiple of the byte floor; "
@@ -138,7 +139,7 @@ def _note(number: int, runs: list[tuple[Path, dict]]) -> str:
 
 
 def _multiple(row: dict, kind: str) -> str:
-    ms = row.get(f"{kind}_ms")
+    ms = row[f"{kind}_ms"]
     return "" if ms is None else f"{ms:.3f} ({ms / row['floor_' + kind.removesuffix('_graph') + '_ms']:.1f}x)"
 
 

@@ -296,21 +296,14 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   sources.along = along;
   sources.y = rows_of(problem.q, features);
   sources.z = d_o;
-  ScanArgs value = sources, key = sources;
-  value.first = gradients.d_final;
+  sources.first = gradients.d_final;
   if (int error = prepare_states(problem, ScanKind::kValueGrad, std::max(features, values), ScanKind::kStateGrad, sources,
-                                 longest_segment, backward_states, nullptr, only_count, value, stream)) {
+                                 longest_segment, backward_states, nullptr, only_count, sources, stream)) {
     return error;
   }
   workspace = backward_states.used() > forward_states.used() ? backward_states : forward_states;
   if (only_count) return 0;
-  key.segment_tokens = value.segment_tokens;
-  key.pieces = value.pieces;
-  key.is_summed = value.is_summed;
-  key.num_slots = value.num_slots;
-  key.first = value.first;
-  key.carried = value.carried;
-  key.carried_log_decay = value.carried_log_decay;
+  ScanArgs value = sources, key = sources;
   key.x = rows_of(problem.v, values);
   key.y = d_o;
   key.z = rows_of(problem.q, features);
