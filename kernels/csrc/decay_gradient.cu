@@ -381,7 +381,7 @@ struct SegmentState {
 };
 __device__ __forceinline__ SegmentState state_at(const DecayGradientArgs& args, const Segment& segment, int kv_head,
                                                  bool is_after) {
-  const bool is_end = is_after ? segment.is_last : segment.is_first;
+  const bool is_end = is_after ? segment.is_last() : segment.is_first();
   const hf_linattn_state& from =
       is_after ? (is_end ? args.d_last : args.d_carried) : (is_end ? args.first : args.carried);
   const int boundary = segment.slot - segment.sequence - (is_after ? 0 : 1);
@@ -653,7 +653,7 @@ __global__ void __launch_bounds__(kSumThreads, 1)
     if (first + i < segment.end) dg[(first + i) * scan.num_kv_heads] = own[i] + from_here[i] + up_to_here[i] + common;
   }
   // Tokens behind the last packed sequence belong to none.
-  if (scan.cu_seqlens != nullptr && segment.sequence == scan.num_sequences - 1 && segment.is_last) {
+  if (scan.cu_seqlens != nullptr && segment.sequence == scan.num_sequences - 1 && segment.is_last()) {
     for (int64_t token = segment.end + threadIdx.x; token < scan.tokens; token += kSumThreads) {
       dg[token * scan.num_kv_heads] = 0.f;
     }

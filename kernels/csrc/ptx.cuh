@@ -143,7 +143,7 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Until the kernel before is over, of one that launch_early has started before that; else it is over already.
+// In a kernel that launch_early started: until the kernel before it is over and what that wrote can be read.
 __device__ __forceinline__ void wait_for_previous() {
 #if HF_LINATTN_HAS_SM90
   asm volatile("griddepcontrol.wait;" ::: "memory");

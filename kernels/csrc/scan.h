@@ -105,8 +105,9 @@ struct Segment {
   int slot, sequence, batch;
   int index, count;  // in its sequence
   int64_t begin, end;  // tokens of the row
-  bool is_first, is_last;  // of its sequence
   bool exists;
+  HF_LINATTN_BOTH_SIDES bool is_first() const { return index == 0; }
+  HF_LINATTN_BOTH_SIDES bool is_last() const { return index == count - 1; }
 };
 
 HF_LINATTN_BOTH_SIDES constexpr int window_tiles(int window) { return (window + kChunk - 1) / kChunk + 1; }  // sources that 64 rows see

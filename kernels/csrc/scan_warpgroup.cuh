@@ -72,8 +72,6 @@ __device__ __forceinline__ Segment find_segment(const Args& args, int slot) {
   segment.index = index;
   segment.count = static_cast<int>(count);
   segment.exists = index < count;
-  segment.is_first = index == 0;
-  segment.is_last = index == count - 1;
   const int64_t offset = index * args.segment_tokens;
   segment.begin = start + offset;
   segment.end = start + (offset + args.segment_tokens < length ? offset + args.segment_tokens : length);
@@ -293,7 +291,7 @@ struct ScanWarpgroup {
 
   // First state -> registers: the entry of the sequence, of the boundary, or what the pieces in between add to the former.
   __device__ __forceinline__ void load_state() {
-    const bool is_carried = kCausal && !kStateOnly && !(kReverse ? segment.is_last : segment.is_first);
+    const bool is_carried = kCausal && !kStateOnly && !(kReverse ? segment.is_last() : segment.is_first());
     const bool is_whole = is_carried && !args.is_summed;
     int added = 0, next = 0;
     if (is_carried) {
@@ -363,7 +361,7 @@ struct ScanWarpgroup {
 
   // Registers -> the entry of this segment (state kinds) or of the sequence (scans that end it).
   __device__ __forceinline__ void store_state(float log_decay) {
-    if (!kStateOnly && !(kReverse ? segment.is_first : segment.is_last)) return;
+    if (!kStateOnly && !(kReverse ? segment.is_first() : segment.is_last())) return;
     if (kTransposed) return;  // the untransposed kinds see the same state
     const bool is_writer = kStateOnly || kReverse || head % args.group == 0;
     if (!is_writer) return;
@@ -1205,7 +1203,7 @@ struct ScanWarpgroup {
 
   // Tokens behind the last packed sequence belong to none: their results are zero.
   __device__ __forceinline__ void clear_tail() {
-    if (args.cu_seqlens == nullptr || segment.sequence != args.num_sequences - 1 || !segment.is_last) return;
+    if (args.cu_seqlens == nullptr || segment.sequence != args.num_sequences - 1 || !segment.is_last()) return;
     if (args.out.data == nullptr) return;
     const int columns = args.out.dim - column0 < kCols ? args.out.dim - column0 : kCols;
     Element* base = static_cast<Element*>(args.out.data) + head * args.out.head_stride + column0;
