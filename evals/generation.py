@@ -112,12 +112,19 @@ def _measure(
         past.reset()
         return *_time_call(model, ids, count, past), past
 
+    timings = {short: [], long: []}
+
+    def time_calls() -> None:
+        for count, taken in timings.items():
+            taken.extend(call(count)[:2] for _ in range(runs))
+
     # The first call warms up and compiles.
-    size = _cache_bytes(call(short)[2])
-    peak = peak_bytes(lambda: call(short), model.device) if is_cuda else None
-    if peak is not None and static is not None:
-        peak += size  # there before the call
-    timings = {n: [call(n)[:2] for _ in range(runs)] for n in (short, long)}
+    size, peak = _cache_bytes(call(short)[2]), None
+    if is_cuda:
+        # A static cache is there before the calls.
+        peak = peak_bytes(time_calls, model.device) + (0 if static is None else size)
+    else:
+        time_calls()
     seconds = {n: statistics.median(generated for _, generated in timings[n]) for n in timings}
     step = (seconds[long] - seconds[short]) / (long - short)
     return {
