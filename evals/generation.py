@@ -107,28 +107,31 @@ def _measure(
     # One static cache for all calls: another one, or another length, would be compiled or recorded anew when timed.
     static = StaticCache(config=model.config, max_cache_len=context + long) if cache == "static" else None
 
-    def call(count: int) -> tuple[float, float, Cache]:
+    def call(count: int, tokens: int = context) -> tuple[float, float, int]:
         past = DynamicCache(config=model.config) if static is None else static
         past.reset()
-        return *_time_call(model, ids, count, past), past
+        return *_time_call(model, ids[:, :tokens], count, past), _cache_bytes(past)
 
     timings = {short: [], long: []}
 
     def time_calls() -> None:
         for count, taken in timings.items():
-            taken.extend(call(count)[:2] for _ in range(runs))
+            taken.extend(call(count) for _ in range(runs))
 
-    # The first call warms up and compiles.
-    size, peak = _cache_bytes(call(short)[2]), None
+    # Warms up and compiles: a step's graph is one for all prompts, two pieces of which suffice.
+    call(short, min(context, 2 * max(1, PREFILL_TOKENS // batch)))
+    peak = None
     if is_cuda:
-        # A static cache is there before the calls.
-        peak = peak_bytes(time_calls, model.device) + (0 if static is None else size)
+        peak = peak_bytes(time_calls, model.device)
     else:
         time_calls()
-    seconds = {n: statistics.median(generated for _, generated in timings[n]) for n in timings}
+    size = timings[short][0][2]
+    if peak is not None and static is not None:
+        peak += size  # there before the calls
+    seconds = {n: statistics.median(generated for _, generated, _ in timings[n]) for n in timings}
     step = (seconds[long] - seconds[short]) / (long - short)
     return {
-        "prefill_s": statistics.median(read for read, _ in timings[short] + timings[long]),
+        "prefill_s": statistics.median(read for read, _, _ in timings[short] + timings[long]),
         "step_ms": 1e3 * step,
         "tokens_per_s": batch / step if step > 0 else None,
         "cache_mib": size / MIB,
