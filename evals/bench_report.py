@@ -1,7 +1,7 @@
 """What `hf-linattn bench` shows and keeps: tables, one line of JSON, log-log plots, the results file of a device.
 
-The results file has the keys device, torch, peers, runs, and of rows (the timing suites), decode and errors those that
-were measured. Every row names its run, a key of runs: {date: suite, commit, command, copy_gbs}. Measuring the same
+The results file has the keys device, torch, runs, and of rows (the timing suites), decode and errors those that were
+measured. Every row names its run, a key of runs: {date: suite, commit, command, copy_gbs, peers}. Measuring the same
 again on the same device replaces the row.
 """
 
@@ -18,6 +18,7 @@ from hf_linattn.evals.results_file import write_results
 
 PEERS = ("triton", "fla-core", "flash-linear-attention", "mlstm-kernels")
 SECTIONS = ("rows", "decode", "errors")
+RUN_FACTS = ("suite", "commit", "command", "copy_gbs", "peers")
 # What tells a measurement from the others of its section.
 ROW_KEY = ("suite", "form", "impl", "B", "H", "N", "D", "dtype")
 NUMBERS_WIDTH = 190
@@ -152,17 +153,15 @@ def write_bench(path: Path, facts: dict, sections: dict[str, list[dict]]) -> Non
 
     Args:
         path: the JSON file, made if it does not exist.
-        facts: device, torch, peers, and of the run date, suite, commit, command, copy_gbs.
+        facts: device, torch, and of the run date and `RUN_FACTS`.
         sections: {section: rows}, from `bench.run_suite`.
 
     Raises:
         UserError: the file holds results of another device or version of PyTorch.
     """
     kept = _read(path, facts)
-    merged = {name: facts[name] for name in ("device", "torch", "peers")}
-    merged["runs"] = kept.get("runs", {}) | {
-        facts["date"]: {name: facts[name] for name in ("suite", "commit", "command", "copy_gbs")}
-    }
+    merged = {name: facts[name] for name in ("device", "torch")}
+    merged["runs"] = kept.get("runs", {}) | {facts["date"]: {name: facts[name] for name in RUN_FACTS}}
     for section in SECTIONS:
         rows = {_row_key(row): row for row in kept.get(section, [])}
         rows |= {_row_key(row): row | {"run": facts["date"]} for row in sections.get(section, [])}

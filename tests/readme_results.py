@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "evals" / "results"
 # Rows of the table of the kernels, in this order; the others stay in the file.
 KERNEL_IMPLS = ("ours", "ours-window", "fla", "fla-unnormalized", "mlstm", "sdpa-flash", "sdpa-cudnn")
+# The generation file that README shows: the others hold parts of the table on other cards.
+GENERATION = "generation/smollm2-135m-pure-nvidia-h200-2026-11-26.json"
 # Folders whose files are not of one conversion.
 OTHER_RESULTS = ("kernels", "ablations", "generation", "larger-models", "whole-conversion")
 VARIANTS = ("teacher", "student", "window_only")
@@ -59,8 +61,9 @@ def kernel_results_block(folder: Path = RESULTS) -> str | None:
             lines.append(f"| {label} | `{impl}` | {cells} | {extra} |")
             label = ""
     where = path.relative_to(ROOT).as_posix()
-    is_beside_peers = any(not row["impl"].startswith(("ours", "chunked", "sdpa")) for row in rows)
-    peers = ", ".join(f"{name} {version}" for name, version in results["peers"].items() if is_beside_peers)
+    peer_runs = {row["run"] for row in rows if not row["impl"].startswith(("ours", "chunked", "sdpa"))}
+    versions = {f"{name} {version}" for run in peer_runs for name, version in results["runs"][run]["peers"].items()}
+    peers = ", ".join(sorted(versions))
     runs = {date: results["runs"][date] for date in sorted({row["run"] for row in rows})}
     rates = [run["copy_gbs"] for run in runs.values()]
     commits = sorted({run["commit"] for run in runs.values() if run["commit"]})
@@ -70,6 +73,28 @@ def kernel_results_block(folder: Path = RESULTS) -> str | None:
     facts += [f"commit {', '.join(commits)}"] if commits else []
     note = f"Medians of {', '.join(facts)}; in brackets the multiple of the byte floor; "
     return "\n".join([*lines, "", f"{note}all figures and commands: [{where}]({where})."]) + "\n"
+
+
+def generation_results_block(folder: Path = RESULTS) -> str:
+    """Markdown for `GENERATION`: static caches, softmax in Transformers' own `generate` beside the converted model."""
+    path = folder / GENERATION
+    results = json.loads(path.read_text(encoding="utf-8"))
+    rows = {(row["variant"], row["batch"], row["context"]): row for row in results["rows"]}
+    lines = [
+        "| rows | tokens | softmax, ms a step | converted | tokens/s | softmax, cache (peak) MiB | converted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for batch, context in dict.fromkeys((batch, context) for _, batch, context in rows):
+        pair = rows["softmax", batch, context], rows["student", batch, context]
+        steps = " | ".join(f"{row['step_ms']:.2f}" for row in pair)
+        rates = " / ".join(f"{row['tokens_per_s']:,.0f}" for row in pair)
+        memory = " | ".join(f"{row['cache_mib']:,.0f} ({row['peak_mib']:,.0f})" for row in pair)
+        lines.append(f"| {batch} | {context:,} | {steps} | {rates} | {memory} |")
+    commits = ", ".join(dict.fromkeys(row.get("commit", results["commit"]) for row in results["rows"]))
+    days = " and ".join(sorted({row.get("date", results["date"])[:10] for row in results["rows"]}))
+    where = path.relative_to(folder.parents[1]).as_posix()
+    facts = f"{results['device']}, {days}, torch {results['torch']}, commit {commits}"
+    return "\n".join([*lines, "", f"{facts}; all figures and the command: [{where}]({where})."]) + "\n"
 
 
 def fill(readme: str, block: str, name: str = "results") -> str:
@@ -85,7 +110,9 @@ def filled_readme() -> str:
     """README as the results files say it should read."""
     readme = fill((ROOT / "README.md").read_text(encoding="utf-8"), results_block())
     kernels = kernel_results_block()
-    return readme if kernels is None else fill(readme, kernels, "kernel results")
+    if kernels is not None:
+        readme = fill(readme, kernels, "kernel results")
+    return fill(readme, generation_results_block(), "generation results")
 
 
 def _newest_runs(paths: list[Path]) -> list[list[tuple[Path, dict]]]:

@@ -146,7 +146,7 @@ def test_bench_writes_a_results_file(tmp_path):
     result = run("bench", "--device", "cpu", "--shape", "1,2,64,16", "--runs", 1, "-o", tmp_path / "bench.json")
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "bench.json").read_text())
-    assert {"device", "torch", "peers", "runs", "rows"} == set(written)
+    assert {"device", "torch", "runs", "rows"} == set(written)
     assert {row["N"] for row in written["rows"]} == {64}
     (date,) = {row["run"] for row in written["rows"]}
     assert {"suite", "commit", "command", "copy_gbs"} == set(written["runs"][date])
