@@ -204,8 +204,11 @@ def test_readme_shows_the_kernels_of_a_results_file(tmp_path, monkeypatch, rows)
     monkeypatch.setattr("readme_results.ROOT", tmp_path)
     assert kernel_results_block(folder) is None
     gpu = [row | {"impl": impl, "N": 8192} for row in rows[:1] for impl in ("ours", "fla", "sdpa-cudnn")]
-    write_bench(folder / "kernels" / "gpu.json", facts(), {"rows": gpu})
+    write_bench(folder / "kernels" / "gpu.json", facts(peers={"fla-core": "0.6.0"}), {"rows": gpu})
+    # Measured again where the peer is not installed.
+    write_bench(folder / "kernels" / "gpu.json", facts(date="2026-01-03"), {"rows": gpu[:1]})
     block = kernel_results_block(folder)
+    assert "fla-core 0.6.0" in block
     shown = f"{gpu[0]['fwd_ms']:.3f} ({gpu[0]['fwd_ms'] / gpu[0]['floor_fwd_ms']:.1f}x)"
     assert f"| 1, 2, 8192, 16 | `ours` | {shown} |" in block
     assert "(evals/results/kernels/gpu.json)" in block
