@@ -149,7 +149,7 @@ def test_bench_writes_a_results_file(tmp_path):
     assert {"device", "torch", "runs", "rows"} == set(written)
     assert {row["N"] for row in written["rows"]} == {64}
     (date,) = {row["run"] for row in written["rows"]}
-    assert {"suite", "commit", "command", "copy_gbs"} == set(written["runs"][date])
+    assert {"suite", "commit", "command", "copy_gbs", "peers"} == set(written["runs"][date])
     assert written["runs"][date]["command"].startswith("hf-linattn")
 
 
