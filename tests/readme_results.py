@@ -16,7 +16,7 @@ RESULTS = ROOT / "evals" / "results"
 # Rows of the table of the kernels, in this order; the others stay in the file.
 KERNEL_IMPLS = ("ours", "ours-window", "fla", "fla-unnormalized", "mlstm", "sdpa-flash", "sdpa-cudnn")
 # The generation file that README shows: the others hold parts of the table on other cards.
-GENERATION = "generation/smollm2-135m-pure-nvidia-h200-2026-11-26.json"
+GENERATION = RESULTS / "generation" / "smollm2-135m-pure-nvidia-h200-2026-11-26.json"
 # Folders whose files are not of one conversion.
 OTHER_RESULTS = ("kernels", "ablations", "generation", "larger-models", "whole-conversion")
 VARIANTS = ("teacher", "student", "window_only")
@@ -75,10 +75,9 @@ def kernel_results_block(folder: Path = RESULTS) -> str | None:
     return "\n".join([*lines, "", f"{note}all figures and commands: [{where}]({where})."]) + "\n"
 
 
-def generation_results_block(folder: Path = RESULTS) -> str:
+def generation_results_block() -> str:
     """Markdown for `GENERATION`: static caches, softmax in Transformers' own `generate` beside the converted model."""
-    path = folder / GENERATION
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = json.loads(GENERATION.read_text(encoding="utf-8"))
     rows = {(row["variant"], row["batch"], row["context"]): row for row in results["rows"]}
     lines = [
         "| rows | tokens | softmax, ms a step | converted | tokens/s | softmax, cache (peak) MiB | converted |",
@@ -92,7 +91,7 @@ def generation_results_block(folder: Path = RESULTS) -> str:
         lines.append(f"| {batch} | {context:,} | {steps} | {rates} | {memory} |")
     commits = ", ".join(dict.fromkeys(row.get("commit", results["commit"]) for row in results["rows"]))
     days = " and ".join(sorted({row.get("date", results["date"])[:10] for row in results["rows"]}))
-    where = path.relative_to(folder.parents[1]).as_posix()
+    where = GENERATION.relative_to(ROOT).as_posix()
     facts = f"{results['device']}, {days}, torch {results['torch']}, commit {commits}"
     return "\n".join([*lines, "", f"{facts}; all figures and the command: [{where}]({where})."]) + "\n"
 
