@@ -1095,6 +1095,9 @@ inline void tma_load_4d_multicast(uint32_t smem, const CUtensorMap* map, uint32_
 inline void tma_load_4d(uint32_t smem, const CUtensorMap* map, uint32_t bar, int c0, int c1, int c2, int c3) {
   tma_load_4d_multicast(smem, map, bar, c0, c1, c2, c3, static_cast<uint16_t>(1 << cluster_rank()));
 }
+inline void tma_load_4d_kept(uint32_t smem, const CUtensorMap* map, uint32_t bar, int c0, int c1, int c2, int c3) {
+  tma_load_4d(smem, map, bar, c0, c1, c2, c3);
+}
 
 inline void fence_proxy_async() { Engine::get().fence_async(); }
 

@@ -2,6 +2,7 @@
 //
 //   forward    [state, prefix]  output
 //   backward   [state, prefix]  dq and do.o   [state of the gradient, prefix from the end]  dk  dv  [dg]
+//   (dk and dv of up to 64 dimensions in one kernel, on Hopper)
 //
 // The bracketed state passes run when sequences are cut into segments, and always when not causal (then a sum takes the
 // place of the prefix); scans add up a few pieces themselves. Scans of one call share their workspace; the stream orders
@@ -21,7 +22,8 @@ namespace {
 
 constexpr int64_t kShortestSegment = 1024;  // its state, 64 KB at 128 x 128, is a tenth of what it reads
 constexpr int64_t kShortestPiece = 512;
-constexpr int64_t kSummedBoundaries = 4;  // of a sequence: reading their states takes less time than a launch
+constexpr int64_t kSummedFloats = 64 * 1024;  // states at the boundaries of a sequence that a scan reads faster than a prefix
+constexpr int64_t kManyChunks = 64;       // of a segment, to which one more adds little
 constexpr int64_t kCutTokens = 640;       // in whose time a CTA starts and a prefix runs
 constexpr int64_t kAnyLength = INT64_MAX;
 constexpr size_t kAlignment = 256;
@@ -94,6 +96,9 @@ void plan_segments(const hf_linattn_problem& problem, ScanKind kind, int64_t uni
   args.pieces = longest != kAnyLength ? 1 : static_cast<int>(std::max<int64_t>(pieces, 1));
   const int64_t multiple = args.pieces * kChunk;
   args.segment_tokens = ceil_div(segment, multiple) * multiple;
+  // All segments are read at the same pace: a power of two apart they would meet in the same banks of memory.
+  const int64_t chunks = args.segment_tokens / kChunk;
+  if (segment < problem.tokens && chunks >= kManyChunks && chunks % 16 == 0) args.segment_tokens += multiple;
   args.num_slots = slot_count(problem, args.segment_tokens);
 }
 
@@ -160,13 +165,15 @@ int prepare_states(const hf_linattn_problem& problem, ScanKind kind, int columns
     if (args.num_slots == problem.num_sequences) return 0;
     const int64_t boundaries = state_args.num_slots - problem.num_sequences;
     const bool is_read_by_dg = longest_segment != kAnyLength;
-    args.is_summed = is_dense && boundaries <= kSummedBoundaries * problem.num_sequences && !is_read_by_dg;
+    const int64_t floats = boundaries / problem.num_sequences * problem.feature_dim * problem.value_dim;
+    args.is_summed = is_dense && floats <= kSummedFloats && !is_read_by_dg;
     args.carried = workspace.state(problem, boundaries);
     args.carried_log_decay = workspace.floats(boundaries * problem.num_kv_heads);
     if (only_count) return 0;
     state_args.carried = args.carried;
     state_args.carried_log_decay = args.carried_log_decay;
     if (int error = run_scan(problem, state_kind, state_args, stream)) return error;
+    args.tiles_are_ready = true;
     if (args.is_summed) return 0;
     return run_segment_prefix(state_args, is_reverse(state_kind), stream);
   }
@@ -176,6 +183,7 @@ int prepare_states(const hf_linattn_problem& problem, ScanKind kind, int columns
   if (only_count) return 0;
   if (int error = run_scan(problem, state_kind, state_args, stream)) return error;
   args.first = sum;
+  args.tiles_are_ready = true;
   return run_segment_total(state_args, sum, stream);
 }
 
@@ -297,6 +305,7 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   sources.y = rows_of(problem.q, features);
   sources.z = d_o;
   sources.first = gradients.d_final;
+  sources.tiles_are_ready = true;  // kernels of this call have run
   if (int error = prepare_states(problem, ScanKind::kValueGrad, std::max(features, values), ScanKind::kStateGrad, sources,
                                  longest_segment, backward_states, nullptr, only_count, sources, stream)) {
     return error;
@@ -314,8 +323,12 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   value.lse = gradients.den;
   value.out = rows_of(gradients.dv, values);
   value.last = gradients.d_initial;
-  if (int error = run_scan(problem, ScanKind::kKeyGrad, key, stream)) return error;
-  if (int error = run_scan(problem, ScanKind::kValueGrad, value, stream)) return error;
+  if (problem.path != HF_LINATTN_PATH_SM80 && problem.causal && check_key_value_grad_sm90(problem.dtype, key, value) == 0) {
+    if (int error = run_key_value_grad_sm90(key, value, stream)) return error;
+  } else {
+    if (int error = run_scan(problem, ScanKind::kKeyGrad, key, stream)) return error;
+    if (int error = run_scan(problem, ScanKind::kValueGrad, value, stream)) return error;
+  }
   if (!needs_dg) return 0;
   DecayGradientArgs decay = {};
   decay.scan = query;

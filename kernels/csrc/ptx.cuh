@@ -150,6 +150,13 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// The kernel after this one may start, once a thread of every block has called this or the block is over.
+__device__ __forceinline__ void launch_dependents() {
+#if HF_LINATTN_HAS_SM90
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #if HF_LINATTN_HAS_SM90
 
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
@@ -242,6 +249,17 @@ __device__ __forceinline__ void tma_load_4d(uint32_t smem, const CUtensorMap* ma
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
       ::"r"(smem), "l"(reinterpret_cast<uint64_t>(map)), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// The same, of what will be read again soon: the second-level cache keeps it longer than other lines.
+__device__ __forceinline__ void tma_load_4d_kept(uint32_t smem, const CUtensorMap* map, uint32_t bar, int c0, int c1, int c2,
+                                                 int c3) {
+  constexpr uint64_t kEvictLast = 0x14F0000000000000;  // what createpolicy.fractional.L2::evict_last gives for all lines
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(kEvictLast)
       : "memory");
 }
 
@@ -384,9 +402,6 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
-
-// The kernel after this one may start, once a thread of every block has called this or the block is over.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Registers a thread from here on, for all warps of a warpgroup.
 template <int kRegisters>

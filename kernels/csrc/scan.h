@@ -81,6 +81,9 @@ struct ScanArgs {
                     // place of dq (run_along); with a window: parts of the gradient of log_scale, beside dq
   hf_linattn_state first;    // by sequence: state to start from; null members count as zero
   hf_linattn_state last;     // by sequence: where a scan leaves the state at the far end; null members are not wanted
+  // x, y, z and q were complete before the kernel before this one began, which has waited for what came before it: tiles may
+  // be loaded while that kernel ends.
+  bool tiles_are_ready;
   // Between neighbouring pieces of a sequence lies a boundary; state kinds write to it what the piece on the near side adds,
   // run_segment_prefix completes those between segments, scans start from them. Where `is_summed` is set scans add up the
   // boundaries themselves. Not causal: one entry a piece instead.
@@ -118,6 +121,10 @@ int run_scan_sm90(ScanKind kind, bool is_causal, const ScanArgs& args, void* str
 // 0 if the kernels take these arguments on the current device, else an error.
 int check_scan_sm80(ScanKind kind, bool is_causal, int dtype, const ScanArgs& args);
 int check_scan_sm90(ScanKind kind, int dtype, const ScanArgs& args);
+
+// dk and dv, causal and without a window, in one kernel: its arguments are those of the two scans.
+int run_key_value_grad_sm90(const ScanArgs& key, const ScanArgs& value, void* stream);
+int check_key_value_grad_sm90(int dtype, const ScanArgs& key, const ScanArgs& value);
 
 // args.along from args.extra_out of kQueryGrad.
 int run_along(const ScanArgs& args, void* stream);

@@ -36,4 +36,14 @@ int check_scan_sm90(ScanKind kind, int dtype, const ScanArgs& args) {
   return 0;
 }
 
+int check_key_value_grad_sm90(int dtype, const ScanArgs& key, const ScanArgs& value) {
+  if (int refusal = check_scan_sm90(ScanKind::kKeyGrad, dtype, key)) return refusal;
+  if (int refusal = check_scan_sm90(ScanKind::kValueGrad, dtype, value)) return refusal;
+  if (value.window > 0) return set_error("a window's dk and dv have kernels of their own");
+  if (key.y.dim > kTileColumns || value.y.dim > kTileColumns) {
+    return set_error("one kernel for dk and dv takes dimensions up to %d", kTileColumns);
+  }
+  return 0;
+}
+
 }  // namespace hf_linattn

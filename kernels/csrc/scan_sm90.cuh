@@ -10,6 +10,9 @@
 // form the state alone have one state warpgroup for every 64 columns, and no rows. The CTAs of a head's dq are a cluster:
 // do.o of a row is a sum over all columns.
 //
+// dk and dv of up to 64 dimensions share a CTA, where the chunks of both come from memory once: their states are each other's
+// transpose. One warpgroup of rows has those of dv, one those of dk, and each takes all chunks.
+//
 // With a window, chunks are taken in pairs: after the sources of both come the tiles of the window, which the second chunk
 // sees one later than the first, so that the warpgroups of rows share all but one.
 #ifndef HF_LINATTN_SCAN_SM90_CUH_
@@ -41,8 +44,10 @@ struct Layout90 {
   static constexpr int kY = Work::kHasOutput ? kXBytes : 0;
   static constexpr int kZ = kY + (Work::kHasSources ? kXBytes : 0);
   static constexpr int kQ = kZ + (Work::kHasSources ? kTiles * kZBytes : 0);
-  static constexpr int kStageBytes = kQ + (Work::kProjects ? kZBytes : 0);
+  static constexpr bool kHasQ = Work::kProjects || Work::kIsPaired;  // paired: x of dk
+  static constexpr int kStageBytes = kQ + (kHasQ ? kZBytes : 0);
   static constexpr int kRowGroups = row_groups_of(Work::kScanKind), kRowWarps = kRowGroups * 4;
+  static constexpr int kTurns = Work::kIsPaired ? 1 : kRowGroups;  // warpgroups of rows that share the chunks of an output
   static constexpr bool kIsCleared = Work::kHasSources;  // otherwise no warp clears
   static constexpr int kStateWarps = kTiles * 4;
   static constexpr int kConsumerWarps = kRowWarps + (Work::kHasSources ? kStateWarps + 1 : 0);
@@ -61,8 +66,7 @@ struct Layout90 {
   static constexpr int kBytes = kFixedBytes + kStages * kStageBytes;
   static_assert(kStages >= 3, "two chunks are worked on while a third arrives");
   // A stage serves the same warpgroup of rows whenever it comes round: the others need not wait for it to know its phase.
-  static constexpr bool kStagesHaveRows =
-      kRowGroups > 0 && kStages % (kRowGroups > 0 ? kRowGroups : 1) == 0 && !Work::kHasWindow;
+  static constexpr bool kStagesHaveRows = kTurns > 1 && kStages % (kTurns > 0 ? kTurns : 1) == 0 && !Work::kHasWindow;
   static __device__ __forceinline__ bool skips(int members) { return kStagesHaveRows && members == 1; }
   static __device__ __forceinline__ int consumer_warps(int members) {
     return skips(members) ? kConsumerWarps - kRowWarps + 4 : kConsumerWarps;
@@ -149,23 +153,31 @@ struct RingPipe {
 template <class Work, class Layout>
 struct Producer {
   static constexpr int kHalves = Work::kRowsPadded / 64, kHalfBytes = kChunk * 128, kTiles = Layout::kStateWarps / 4;
+  static constexpr int kKept = 8;  // chunks of a segment that the scan after a state pass finds in the second-level cache
   const Work& work;
   const TileMaps& maps;
   const uint32_t base;
-  int stage = 0;
+  const int under_way;  // stages that are asked for and not yet there, at most: 1 to all
+  int stage = 0, issued = 0;
   uint32_t parity = 1;
 
   __device__ __forceinline__ void run() {
     const ScanArgs& args = work.args;
     const int chunks = chunk_count(work.segment);
     const int members = work.members();
+    // CTAs of a scan after a state pass begin one by one, as multiprocessors have room again, where no others read what they
+    // read; elsewhere together.
+    if (Work::kStateOnly && kTiles == 1) ptx::launch_dependents();
     for (int step = 0; step < chunks; ++step) {
       const int64_t first = first_token(step, chunks);
       for (int member = 0; member < members; ++member) {
-        begin_item(Work::kHasOutput && member == 0, Work::kHasSources, Work::kProjects && args.normalize);
-        if (Work::kHasOutput && member == 0) load_rows(maps.x, first);
-        if (Work::kProjects && args.normalize) load(Layout::kQ, maps.q, work.column0, work.head, first);
-        if (Work::kHasSources) load_sources(maps.y, work.source_token(first), member);
+        const bool with_rows = Work::kHasOutput && member == 0;
+        const bool with_q = Layout::kHasQ && (Work::kIsPaired ? with_rows : args.normalize != 0);
+        begin_item(with_rows, Work::kHasSources, with_q);
+        if (with_rows) load_rows(maps.x, first);
+        if (with_q) load(Layout::kQ, maps.q, work.column0, work.head, first);
+        const bool is_kept = Work::kMeetsScan && step + kKept >= chunks;
+        if (Work::kHasSources) load_sources(maps.y, work.source_token(first), member, is_kept);
         end_item();
       }
       if constexpr (Work::kHasWindow) {
@@ -173,7 +185,7 @@ struct Producer {
         if (step % 2 == 1 || is_last) produce_window(step - step % 2, chunks);
       }
     }
-    ptx::launch_dependents();
+    if (!(Work::kStateOnly && kTiles == 1)) ptx::launch_dependents();
   }
 
  private:
@@ -197,6 +209,13 @@ struct Producer {
     return work.first_token(work.chunk_at(step, chunks));
   }
   __device__ __forceinline__ void begin_item(bool with_rows, bool with_sources, bool with_q) {
+    if (issued == under_way) {
+      const int landed = stage - under_way;  // of this turn of the ring, or of the one before
+      const uint32_t bar = Layout::full(base, landed < 0 ? landed + Layout::kStages : landed);
+      ptx::mbarrier_wait(bar, landed < 0 ? parity : parity ^ 1);
+    } else {
+      ++issued;
+    }
     ptx::mbarrier_wait(Layout::empty(base, stage), parity);
     const int source_bytes = with_sources ? Layout::kXBytes + kTiles * Layout::kZBytes : 0;
     ptx::mbarrier_arrive_expect_tx(Layout::full(base, stage),
@@ -205,17 +224,22 @@ struct Producer {
   __device__ __forceinline__ void end_item() {
     if (++stage == Layout::kStages) stage = 0, parity ^= 1;
   }
-  __device__ __forceinline__ void load(int place, const CUtensorMap& map, int column, int head, int64_t token) {
-    ptx::tma_load_4d(Layout::stage(base, stage) + place, &map, Layout::full(base, stage), column, head,
-                     static_cast<int>(token), work.segment.batch);
+  __device__ __forceinline__ void load(int place, const CUtensorMap& map, int column, int head, int64_t token,
+                                       bool is_kept = false) {
+    const uint32_t to = Layout::stage(base, stage) + place, bar = Layout::full(base, stage);
+    const int first = static_cast<int>(token);
+    if (is_kept) ptx::tma_load_4d_kept(to, &map, bar, column, head, first, work.segment.batch);
+    else ptx::tma_load_4d(to, &map, bar, column, head, first, work.segment.batch);
   }
   __device__ __forceinline__ void load_rows(const CUtensorMap& map, int64_t token) {
     for (int half = 0; half < kHalves; ++half) load(half * kHalfBytes, map, 64 * half, work.head, token);
   }
-  __device__ __forceinline__ void load_sources(const CUtensorMap& y, int64_t token, int member) {
+  __device__ __forceinline__ void load_sources(const CUtensorMap& y, int64_t token, int member, bool is_kept = false) {
     const int head = work.source_head(member);
-    for (int half = 0; half < kHalves; ++half) load(Layout::kY + half * kHalfBytes, y, 64 * half, head, token);
-    for (int i = 0; i < kTiles; ++i) load(Layout::kZ + i * Layout::kZBytes, maps.z, work.column0 + 64 * i, head, token);
+    for (int half = 0; half < kHalves; ++half) load(Layout::kY + half * kHalfBytes, y, 64 * half, head, token, is_kept);
+    for (int i = 0; i < kTiles; ++i) {
+      load(Layout::kZ + i * Layout::kZBytes, maps.z, work.column0 + 64 * i, head, token, is_kept);
+    }
   }
 };
 
@@ -258,6 +282,7 @@ __device__ __forceinline__ void run_state(Work& work, uint32_t base, int tile) {
   const int chunks = chunk_count(work.segment), members = work.members();
   float log_decay = 0.f;  // of the whole segment, log2
   typename Work::TokenInputs next;
+  work.places.operand = Layout::operand(base, 0), work.places.sums = Layout::sums(base, 0);
   work.load_state();
   auto publish = [&](int step) {
     constexpr int kBuffers = Work::kHasOutput ? Layout::kRowGroups : 1;
@@ -375,13 +400,13 @@ __device__ __forceinline__ void multiply_weights(float (&sum)[Work::kColumns / 2
   Engine::keep_fragments(weights);
 }
 
-// A warpgroup of rows: the chunks of steps own, own + kRowGroups, ... of Layout.
+// A warpgroup of rows: the chunks of steps own, own + kTurns, ... of Layout.
 template <class Work, class Layout>
 __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int cluster) {
   using Engine = typename Work::EngineType;
-  constexpr int kRowGroups = Layout::kRowGroups;
+  constexpr int kRowGroups = Layout::kRowGroups, kTurns = Layout::kTurns;
   RingPipe<Layout> pipe{base, 0};
-  const int chunks = chunk_count(work.segment), members = work.members();
+  const int chunks = chunk_count(work.segment), members = work.members(), own_turn = own % kTurns;
   const bool skips = Layout::skips(members);
   typename Work::TokenInputs next;
   typename Work::FragmentA x[Work::kSteps];
@@ -427,28 +452,31 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
       }
     }
   };
-  if (Work::kTokenInputs && own < chunks) work.load_tokens(next, work.chunk_at(own, chunks), 0);
+  if (Work::kTokenInputs && own_turn < chunks) work.load_tokens(next, work.chunk_at(own_turn, chunks), 0);
   for (int step = 0; step < chunks; ++step) {
     const int chunk = work.chunk_at(step, chunks);
     const int64_t first = work.first_token(chunk);
     const TileTokens sources = work.far_tokens(first);
     const int valid = work.valid_tokens(first);
-    if (step % kRowGroups != own) {
+    if (step % kTurns != own_turn) {
       if (skips) pipe.skip();
       for (int member = 0; !skips && member < members; ++member) pipe.pass();
     }
-    for (int member = 0; step % kRowGroups == own && member < members; ++member) {
+    const int buffer = Work::kIsPaired ? step % kRowGroups : own;  // of the state
+    if (Work::kIsPaired) work.places.operand = Layout::operand(base, buffer), work.places.sums = Layout::sums(base, buffer);
+    for (int member = 0; step % kTurns == own_turn && member < members; ++member) {
       if (work.with_token_arrays(sources)) work.template publish_tokens<true, false>(next, sources);
       if (member == 0) work.start_rows(rows, next);
       if (Work::kTokenInputs && member + 1 < members) work.load_tokens(next, chunk, member + 1);
-      else if (Work::kTokenInputs && step + kRowGroups < chunks) work.load_tokens(next, work.chunk_at(step + kRowGroups, chunks), 0);
-      const StageTiles stage = pipe.acquire();
+      else if (Work::kTokenInputs && step + kTurns < chunks) work.load_tokens(next, work.chunk_at(step + kTurns, chunks), 0);
+      StageTiles stage = pipe.acquire();
+      if (Work::kReadsTransposed) stage = {stage.q, stage.z, stage.y, stage.x};
       if (member == 0) work.load_rows(x, stage.x);
       // Products run beside the ordinary code that follows them: weights are formed under the read of the state.
       float p[kChunk / 2];
       if constexpr (Work::kHasSources) multiply_scores(p, stage.y);
       if (member == 0) {
-        if (Work::kHasSources || step == own) ptx::mbarrier_wait(Layout::published(base, own), step / kRowGroups % 2);
+        if (Work::kHasSources || step == own) ptx::mbarrier_wait(Layout::published(base, buffer), step / kRowGroups % 2);
         work.read_state(rows.o, x, stage.x);
         Engine::commit();
         if (work.reads_extra()) work.read_row_sums(rows.extra, x, stage.x);
@@ -469,7 +497,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
         if constexpr (Work::kProjects) {
           if (work.args.normalize) work.start_keys(rows);
         }
-        if (Work::kHasSources) ptx::mbarrier_arrive(Layout::read(base, own));
+        if (Work::kHasSources) ptx::mbarrier_arrive(Layout::read(base, buffer));
       }
       if constexpr (Work::kHasSources) {
         multiply_weights<Work>(rows.o, weights, stage.z);
@@ -511,7 +539,7 @@ __device__ __forceinline__ void run_rows(Work& work, uint32_t base, int own, int
       work.write_output(rows, own_first, work.valid_tokens(own_first));
     }
   }
-  if (own == 0) work.clear_tail();
+  if (own < kRowGroups / kTurns) work.clear_tail();
 }
 
 // Formed anew for each role: none keeps it for another.
@@ -519,9 +547,11 @@ __device__ __forceinline__ uint32_t own_smem_address() {
   return static_cast<uint32_t>(hidden(static_cast<int>(ptx::smem_address(ptx::dynamic_smem()))));
 }
 
-// A CTA's whole work: `block` counts tiles, then heads, then slots.
-template <class Work, ScanKind kKind, Reach kReach, int kTiles>
-__device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& maps, int block, int tiles, int heads) {
+// A CTA's whole work: `block` counts tiles, then heads, then slots. SecondWork, with its args, is that of the second
+// warpgroup of rows.
+template <class Work, class SecondWork, ScanKind kKind, Reach kReach, int kTiles>
+__device__ __forceinline__ void scan_sm90(const ScanArgs& args, const ScanArgs& second_args, const TileMaps& maps, int block,
+                                          int tiles, int heads, int under_way) {
   using Layout = Layout90<Work, kTiles>;
   constexpr int kRowWarpgroups = Layout::kRowGroups, kConsumers = kRowWarpgroups + kTiles;
   const int tile = block % tiles, head = block / tiles % heads, slot = block / (tiles * heads);
@@ -539,7 +569,7 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
     }
     for (int i = 0; i < Layout::kRowGroups; ++i) {
       ptx::mbarrier_init(Layout::published(base, i), kWarpgroupThreads);
-      ptx::mbarrier_init(Layout::read(base, i), kWarpgroupThreads);
+      ptx::mbarrier_init(Layout::read(base, i), kRowWarpgroups / Layout::kTurns * kWarpgroupThreads);
       ptx::mbarrier_init(Layout::exchanged(base, i, 0), 1);
       ptx::mbarrier_init(Layout::exchanged(base, i, 1), 1);
     }
@@ -548,8 +578,10 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   const bool is_clustered = Work::kProjects && tiles > 1;
   if (is_clustered) ptx::cluster_arrive(), ptx::cluster_wait();
   else __syncthreads();
-  ptx::wait_for_previous();
   const int warpgroup = threadIdx.x / kWarpgroupThreads, warp = threadIdx.x / 32 % 4;
+  // CTAs that read the same tiles begin together, so that these come from memory once.
+  const bool is_early = warpgroup == kConsumers && args.tiles_are_ready && tiles == 1;
+  if (!is_early) ptx::wait_for_previous();
   // Registers are dealt anew by role, from those that a thread has at the start: a sum beyond that waits for ever.
   constexpr int kAtStart = 64 * 1024 / threads_sm90(kKind, kTiles) / 8 * 8, kToDeal = kAtStart * (kConsumers + 1);
   constexpr int kProducerRegisters = Work::kWindowed && !Work::kRowConstant ? 32 : 24;
@@ -559,7 +591,7 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   if (warpgroup == kConsumers) {
     if (kConsumers > 1) ptx::register_dealloc<kProducerRegisters>();
     const Work work(args, segment, head, column0, {});
-    if (threadIdx.x % kWarpgroupThreads == 0) Producer<Work, Layout>{work, maps, base}.run();
+    if (threadIdx.x % kWarpgroupThreads == 0) Producer<Work, Layout>{work, maps, base, under_way}.run();
     if constexpr (Work::kHasSources) {
       if (warp == 1) clear_tiles<Work, Layout>(work, base);
     }
@@ -567,8 +599,14 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
     if constexpr (Work::kHasOutput) {
       ptx::register_alloc<kRowRegisters>();
       const uint32_t base = own_smem_address();
-      Work work(args, segment, head, column0, {0, 0, Layout::row_tokens(base, warpgroup * 4 + warp), 0});
-      run_rows<Work, Layout>(work, base, warpgroup, tiles);
+      const uint32_t tokens = Layout::row_tokens(base, warpgroup * 4 + warp);
+      if (!Work::kIsPaired || warpgroup == 0) {
+        Work work(args, segment, head, column0, {0, 0, tokens, 0});
+        run_rows<Work, Layout>(work, base, warpgroup, tiles);
+      } else {
+        SecondWork work(second_args, segment, head, column0, {0, 0, tokens, 0});
+        run_rows<SecondWork, Layout>(work, base, warpgroup, tiles);
+      }
     }
   } else {
     if (kConsumers > 1) ptx::register_alloc<kStateRegisters>();  // two warpgroups have enough from the start
@@ -581,16 +619,29 @@ __device__ __forceinline__ void scan_sm90(const ScanArgs& args, const TileMaps& 
   if (is_clustered) ptx::cluster_arrive(), ptx::cluster_wait();  // others may still send to this CTA
 }
 
-template <ScanKind kKind, Reach kReach, bool kDecay, int kRows>
-using Work90 = ScanWarpgroup<Bf16Wgmma, kKind, kReach, kDecay, kRows, kTileColumns>;
+template <ScanKind kKind, Reach kReach, bool kDecay, int kRows, bool kPaired = false>
+using Work90 = ScanWarpgroup<Bf16Wgmma, kKind, kReach, kDecay, kRows, kTileColumns, 1, kPaired>;
 
 #endif  // HF_LINATTN_HAS_SM90
 
 template <ScanKind kKind, Reach kReach, bool kDecay, int kRows, int kTiles>
 __global__ void __launch_bounds__(threads_sm90(kKind, kTiles), 1)
-    scan_sm90_kernel(const __grid_constant__ ScanArgs args, const __grid_constant__ TileMaps maps, int tiles, int heads) {
+    scan_sm90_kernel(const __grid_constant__ ScanArgs args, const __grid_constant__ TileMaps maps, int tiles, int heads,
+                     int under_way) {
 #if HF_LINATTN_HAS_SM90
-  scan_sm90<Work90<kKind, kReach, kDecay, kRows>, kKind, kReach, kTiles>(args, maps, blockIdx.x, tiles, heads);
+  using Work = Work90<kKind, kReach, kDecay, kRows>;
+  scan_sm90<Work, Work, kKind, kReach, kTiles>(args, args, maps, blockIdx.x, tiles, heads, under_way);
+#endif
+}
+
+template <bool kDecay>
+__global__ void __launch_bounds__(threads_sm90(ScanKind::kValueGrad, 1), 1)
+    key_value_gradient_kernel(const __grid_constant__ ScanArgs value, const __grid_constant__ ScanArgs key,
+                              const __grid_constant__ TileMaps maps, int heads, int under_way) {
+#if HF_LINATTN_HAS_SM90
+  using Value = Work90<ScanKind::kValueGrad, Reach::kCausal, kDecay, kTileColumns, true>;
+  using Key = Work90<ScanKind::kKeyGrad, Reach::kCausal, kDecay, kTileColumns, true>;
+  scan_sm90<Value, Key, ScanKind::kValueGrad, Reach::kCausal, 1>(value, key, maps, blockIdx.x, 1, heads, under_way);
 #endif
 }
 
@@ -600,7 +651,8 @@ inline bool is_tileable(const Rows& rows) {
   return base && rows.token_stride % 8 == 0 && rows.head_stride % 8 == 0 && rows.batch_stride % 8 == 0;
 }
 
-inline int make_tile_maps(ScanKind kind, Reach reach, const ScanArgs& args, TileMaps& maps) {
+// `q`: of kQueryGrad, or the other x of a pair.
+inline int make_tile_maps(ScanKind kind, Reach reach, const ScanArgs& args, const Rows& q, TileMaps& maps) {
   const bool by_kv_head = is_reverse(kind) || forms_state_only(kind);
   const int64_t batch = args.cu_seqlens == nullptr ? args.num_sequences : 1;
   auto map = [&](CUtensorMap* to, const Rows& rows, int num_heads) {
@@ -610,8 +662,8 @@ inline int make_tile_maps(ScanKind kind, Reach reach, const ScanArgs& args, Tile
   if (!forms_state_only(kind)) {
     const int heads = by_kv_head ? args.num_kv_heads : args.num_heads;
     if (int error = map(&maps.x, args.x, heads)) return error;
-    if (kind == ScanKind::kQueryGrad && args.normalize) {
-      if (int error = map(&maps.q, args.q, heads)) return error;
+    if (q.data != nullptr) {
+      if (int error = map(&maps.q, q, heads)) return error;
     }
   }
   const int source_heads = is_reverse(kind) ? args.num_heads : args.num_kv_heads;
@@ -626,6 +678,16 @@ inline int make_tile_maps(ScanKind kind, Reach reach, const ScanArgs& args, Tile
   return 0;
 }
 
+// How many stages of a ring the copy engine may have under way. Memory has enough to do with kBytesUnderWay of all CTAs; with
+// more it is no faster, but serves some multiprocessors long before others.
+template <class Layout>
+int stages_under_way(int64_t blocks) {
+  constexpr int64_t kBytesUnderWay = 6 << 20;
+  const int64_t at_once = blocks < multiprocessor_count() ? blocks : multiprocessor_count();
+  const int64_t stages = kBytesUnderWay / (at_once > 0 ? at_once * Layout::kStageBytes : 1);
+  return stages < 2 ? 2 : stages < Layout::kStages ? static_cast<int>(stages) : Layout::kStages;
+}
+
 template <ScanKind kKind, Reach kReach, bool kDecay, int kRows, int kTiles>
 int launch_scan_sm90(const ScanArgs& args, cudaStream_t stream) {
   using Work = Work90<kKind, kReach, kDecay, kRows>;
@@ -635,10 +697,24 @@ int launch_scan_sm90(const ScanArgs& args, cudaStream_t stream) {
   const int64_t blocks = static_cast<int64_t>(tiles) * heads * args.num_slots;
   if (blocks > 0x7fffffff) return set_error("%lld blocks are more than a grid holds", static_cast<long long>(blocks));
   TileMaps maps = {};
-  if (int error = make_tile_maps(kKind, kReach, args, maps)) return error;
+  const Rows q = Work::kProjects && args.normalize ? args.q : Rows{};
+  if (int error = make_tile_maps(kKind, kReach, args, q, maps)) return error;
   return launch_early(scan_sm90_kernel<kKind, kReach, kDecay, kRows, kTiles>, dim3(static_cast<unsigned>(blocks)),
                       Work::kProjects ? tiles : 1, threads_sm90(kKind, kTiles), Layout::kBytes, stream, args, maps, tiles,
-                      heads);
+                      heads, stages_under_way<Layout>(blocks));
+}
+
+template <bool kDecay>
+int launch_key_value_gradient(const ScanArgs& key, const ScanArgs& value, cudaStream_t stream) {
+  using Layout = Layout90<Work90<ScanKind::kValueGrad, Reach::kCausal, kDecay, kTileColumns, true>, 1>;
+  const int heads = value.num_kv_heads;
+  const int64_t blocks = static_cast<int64_t>(heads) * value.num_slots;
+  if (blocks > 0x7fffffff) return set_error("%lld blocks are more than a grid holds", static_cast<long long>(blocks));
+  TileMaps maps = {};
+  if (int error = make_tile_maps(ScanKind::kValueGrad, Reach::kCausal, value, key.x, maps)) return error;
+  return launch_early(key_value_gradient_kernel<kDecay>, dim3(static_cast<unsigned>(blocks)), 1,
+                      threads_sm90(ScanKind::kValueGrad, 1), Layout::kBytes, stream, value, key, maps, heads,
+                      stages_under_way<Layout>(blocks));
 }
 
 }  // namespace hf_linattn

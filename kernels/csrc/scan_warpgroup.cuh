@@ -122,7 +122,8 @@ __device__ __forceinline__ float* entry(float* member, int64_t n, int64_t size) 
 }
 
 // kXParts: x is in shared memory as so many equal parts of its columns, one after the other.
-template <class Engine, ScanKind kKind, Reach kReach, bool kDecay, int kRows, int kCols, int kXParts = 1>
+// kPaired: dk and dv of the same CTA, which has the state of dv; dk reads it transposed.
+template <class Engine, ScanKind kKind, Reach kReach, bool kDecay, int kRows, int kCols, int kXParts = 1, bool kPaired = false>
 struct ScanWarpgroup {
   using EngineType = Engine;
   using Element = typename Engine::Element;
@@ -142,6 +143,7 @@ struct ScanWarpgroup {
   static constexpr bool kReverse = is_reverse(kKind);
   static constexpr bool kTransposed = is_transposed(kKind);
   static constexpr bool kExtra = has_extra_column(kKind);
+  static constexpr bool kIsPaired = kPaired, kReadsTransposed = kPaired && kTransposed;
   static constexpr bool kHasOutput = !kStateOnly;
   static constexpr bool kHasSources = kCausal || kStateOnly;
   // The scan adds the softmax of the keys in the window, or of the queries that see these keys.
@@ -239,10 +241,10 @@ struct ScanWarpgroup {
   __device__ __forceinline__ bool with_column_sums() const {
     return kTransposed ? args.normalize != 0 : args.a != 0.f;
   }
-  // The extra column is added to the state. dv only carries it, to the state that it leaves.
+  // The extra column is added to the state. dv only carries it, to the state that it leaves and to dk.
   __device__ __forceinline__ bool with_extra() const {
     const bool is_wanted = kRowConstant                       ? args.a != 0.f && (kProjects || args.extra_out != nullptr)
-                           : kKind == ScanKind::kValueGrad ? args.last.key_sum != nullptr
+                           : kKind == ScanKind::kValueGrad ? kPaired || args.last.key_sum != nullptr
                                                            : true;
     return kExtra && args.normalize && is_wanted;
   }
@@ -256,8 +258,10 @@ struct ScanWarpgroup {
   static __device__ __forceinline__ int members(const ScanArgs& args) { return kHasSources && kReverse ? args.group : 1; }
   __device__ __forceinline__ int members() const { return members(args); }
   __device__ __forceinline__ int source_head(int member) const { return kReverse ? kv_head * args.group + member : kv_head; }
-  // The chunk of a step, its first token and how many it has.
-  static __device__ __forceinline__ int chunk_at(int step, int chunks) { return kReverse ? chunks - 1 - step : step; }
+  // The chunk of a step, its first token and how many it has. A state without decay adds up in any order: last come the chunks
+  // that the scan after it begins with, which it then finds in the second-level cache.
+  static constexpr bool kMeetsScan = kStateOnly && kCausal && !kDecay, kFromTheEnd = kReverse != kMeetsScan;
+  static __device__ __forceinline__ int chunk_at(int step, int chunks) { return kFromTheEnd ? chunks - 1 - step : step; }
   __device__ __forceinline__ int64_t first_token(int chunk) const {
     return segment.begin + static_cast<int64_t>(chunk) * kChunk;
   }
@@ -303,9 +307,16 @@ struct ScanWarpgroup {
     }
     clear_state();
     if (!kStateOnly && !is_whole) add_to_state(args.first, entry_index(segment.sequence), 1.f);
+    const int64_t step = kReverse ? -args.num_kv_heads : args.num_kv_heads;
+    int64_t index = entry_index(next);
+    if constexpr (kAddsEntries) {
+      if (args.value_dim % 4 == 0) {
+        if (added > 0) add_entries(args.carried, index, step, added, !is_whole);
+        return;
+      }
+    }
 #pragma unroll 1
-    for (; added > 0; --added, next += kReverse ? -1 : 1) {
-      const int64_t index = entry_index(next);
+    for (; added > 0; --added, index += step) {
       add_to_state(args.carried, index, kDecay && !is_whole ? expf(args.carried_log_decay[index]) : 1.f);
     }
   }
@@ -359,6 +370,83 @@ struct ScanWarpgroup {
     if (weight_sum != nullptr) count += *weight_sum;
   }
 
+  // state = the state, decayed, + those entries in turn: in the order in which they are stored, so that loads are of whole
+  // lines and many are under way, then through the places of the operands in shared memory.
+  static constexpr bool kAddsEntries = Engine::kIsAsync && kRows == 64 && kHasOutput && kCausal;
+  __device__ __forceinline__ void add_entries(const hf_linattn_state& from, int64_t index, int64_t step, int entries,
+                                              bool is_decayed) {
+    constexpr int kAtOnce = kKind == ScanKind::kOutput || kPaired ? 3 : 2, kRowsAtOnce = kWarpgroupThreads / 16, kPieces = 64 / kRowsAtOnce;
+    static_assert(!kAddsEntries || 64 * 64 * sizeof(float) <= 2 * kOperandBytes, "an entry fits into two operands");
+    static_assert(!kAddsEntries || 128 * sizeof(float) <= kSumBytes, "and its sums");
+    const int thread = threadIdx.x % kWarpgroupThreads, row = thread / 16, column = thread % 16 * 4;
+    const int first_row = kTransposed ? column0 : 0, first_column = kTransposed ? 0 : column0;
+    const bool is_inside = first_column + column < args.value_dim;
+    // Of the sums along rows and columns one a thread.
+    const float* sums = thread < 64 ? (kTransposed ? from.value_sum : from.key_sum) : kTransposed ? from.key_sum : from.value_sum;
+    const int place = thread < 64 ? thread : column0 + thread - 64, places_there = thread < 64 ? args.y.dim : args.z.dim;
+    const bool has_sum = sums != nullptr && place < places_there && (thread >= 64 || kExtra);
+    float4 pieces[kPieces] = {};
+    float sum = 0.f, weight = 0.f, decay = 1.f;
+#pragma unroll 1
+    for (; entries > 0; entries -= kAtOnce, index += kAtOnce * step) {
+      float4 loaded[kAtOnce][kPieces];
+      float loaded_sum[kAtOnce], loaded_weight[kAtOnce], factor[kAtOnce];
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        const bool exists = e < entries;
+        const int64_t at = index + e * step;
+        const float* kv = from.kv + at * args.feature_dim * args.value_dim + first_column + column;
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          const int feature = first_row + row + kRowsAtOnce * i;
+          const bool is_there = exists && is_inside && feature < args.feature_dim;
+          loaded[e][i] = is_there ? *reinterpret_cast<const float4*>(kv + feature * args.value_dim) : float4{};
+        }
+        loaded_sum[e] = exists && has_sum ? sums[at * places_there + place] : 0.f;
+        loaded_weight[e] = exists && from.weight_sum != nullptr ? from.weight_sum[at] : 0.f;
+        factor[e] = kDecay && exists && is_decayed ? expf(args.carried_log_decay[at]) : 1.f;
+      }
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        const float f = factor[e];
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          const float4 x = pieces[i], y = loaded[e][i];
+          pieces[i] = kDecay ? float4{x.x * f + y.x, x.y * f + y.y, x.z * f + y.z, x.w * f + y.w}
+                             : float4{x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
+        }
+        sum = sum * f + loaded_sum[e];
+        weight = weight * f + loaded_weight[e];
+        decay *= f;
+      }
+    }
+    if (kDecay) decay_state(decay);
+    // A row's groups of eight columns change places, so that neither way of reading meets a bank twice.
+    auto shared_place = [&](int row, int column) { return places.operand + (row * 64 + (column ^ row % 8 * 8)) * 4; };
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) shared_at<float4>(shared_place(row + kRowsAtOnce * i, column)) = pieces[i];
+    shared_at<float>(places.sums + thread * 4) = sum;
+    ptx::named_barrier_sync(1, kWarpgroupThreads);
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) {
+      const int own = state_row(0, i), other = state_column(i);
+      state[0][i] += shared_at<float>(kTransposed ? shared_place(other, own) : shared_place(own, other));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      if (t == 0) row_sums[0][i] += shared_at<float>(places.sums + state_row(0, i) * 4);
+    }
+#pragma unroll
+    for (int n = 0; n < kCols / 32; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (g == 0) column_sums[n][i] += shared_at<float>(places.sums + (64 + own_column(n, i)) * 4);
+      }
+    }
+    count += weight;
+    ptx::named_barrier_sync(1, kWarpgroupThreads);
+  }
+
   // Registers -> the entry of this segment (state kinds) or of the sequence (scans that end it).
   __device__ __forceinline__ void store_state(float log_decay) {
     if (!kStateOnly && !(kReverse ? segment.is_first() : segment.is_last())) return;
@@ -383,8 +471,14 @@ struct ScanWarpgroup {
           float* entries = kv + row * pitch + column0;
 #pragma unroll
           for (int i = 2 * half; i < kCols / 2; i += 4) {
-            if (column0 + state_column(i) < column_count) entries[state_column(i)] = state[m][i];
-            if (column0 + state_column(i + 1) < column_count) entries[state_column(i + 1)] = state[m][i + 1];
+            float* two = entries + state_column(i);
+            const int left = column_count - column0 - state_column(i);
+            if (kStateOnly && pitch % 2 == 0) {  // the workspace is aligned
+              if (left > 0) *reinterpret_cast<float2*>(two) = make_float2(state[m][i], state[m][i + 1]);
+            } else {
+              if (left > 0) two[0] = state[m][i];
+              if (left > 1) two[1] = state[m][i + 1];
+            }
           }
         }
       }
@@ -437,6 +531,16 @@ struct ScanWarpgroup {
         }
       }
       if (warp == 0 && lane == 0) shared_at<float>(places.sums + kCount) = count;
+    }
+    if (kPaired && with_extra()) {  // the column sums of dk
+#pragma unroll
+      for (int m = 0; m < kStateTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          const float sum = row_sums[m][i] + row_sums[m][i + 1];
+          if (t == 0) shared_at<float>(places.sums + kRowSums + 4 * state_row(m, i)) = sum;
+        }
+      }
     }
     if (with_column_sums()) {
       float* sums = &shared_at<float>(places.sums + kColumnSums);
@@ -599,7 +703,11 @@ struct ScanWarpgroup {
 #pragma unroll(kUnrollSteps)
       for (int k = 0; k < kPartSteps; ++k) {
         const int row = 16 * (x_part * kPartSteps + k);
-        Engine::template gemm_kn<kCols, StateTile>(o, x_fragment(x, k, x_tile), operand, row, part + row != 0);
+        if constexpr (kReadsTransposed) {
+          Engine::template gemm_nk<kCols, StateTile>(o, x_fragment(x, k, x_tile), operand, row, row != 0);
+        } else {
+          Engine::template gemm_kn<kCols, StateTile>(o, x_fragment(x, k, x_tile), operand, row, part + row != 0);
+        }
       }
     }
   }
@@ -612,7 +720,7 @@ struct ScanWarpgroup {
       for (int i = 0; i < kCols / 2; ++i) o[i] *= args.b;
     }
     if (!kProjects && with_column_sums()) {
-      const float* sums = &shared_at<float>(places.sums + kColumnSums);
+      const float* sums = &shared_at<float>(places.sums + (kReadsTransposed ? kRowSums : kColumnSums));
       float constant[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) constant[i] = kReverse ? 1.f : kRowConstant ? -rows.along[i] : args.a;
@@ -865,12 +973,15 @@ struct ScanWarpgroup {
     }
     Engine::commit();
     if (with_extra()) {
+      float added_to_row[kTilesAtOnce][4] = {};
 #pragma unroll
       for (int k = 0; k < kChunk / 16; ++k) {
         const FragmentB extra = extra_column(k);
 #pragma unroll
-        for (int i = m; i < m + kTilesAtOnce; ++i) Engine::mma(row_sums[i], y[i][k], extra);
+        for (int i = 0; i < kTilesAtOnce; ++i) Engine::mma(kSumsApart ? added_to_row[i] : row_sums[m + i], y[m + i][k], extra);
       }
+#pragma unroll
+      for (int i = 0; i < kTilesAtOnce && kSumsApart; ++i) add_to(row_sums[m + i], added_to_row[i]);
     }
     meanwhile();
     Engine::template wait<0>();
