@@ -323,7 +323,8 @@ int backward(const hf_linattn_problem& problem, const hf_linattn_gradients& grad
   value.lse = gradients.den;
   value.out = rows_of(gradients.dv, values);
   value.last = gradients.d_initial;
-  if (problem.path != HF_LINATTN_PATH_SM80 && problem.causal && check_key_value_grad_sm90(problem.dtype, key, value) == 0) {
+  const bool is_hopper = chosen_path(problem, ScanKind::kKeyGrad, key) == HF_LINATTN_PATH_SM90;
+  if (is_hopper && problem.causal && check_key_value_grad_sm90(problem.dtype, key, value) == 0) {
     if (int error = run_key_value_grad_sm90(key, value, stream)) return error;
   } else {
     if (int error = run_scan(problem, ScanKind::kKeyGrad, key, stream)) return error;
